@@ -23,6 +23,8 @@ SHIPPERS = ("auto", "process", "thread", "external")
 EXPORTERS = {"waxell": "waxell_workers.export.waxell:WaxellExporter"}
 """Name of an exporter to `module:class`, imported by the shipper alone."""
 
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+
 Redactor = Callable[[str], str]
 
 
@@ -59,7 +61,7 @@ class Settings:
     @property
     def destination(self) -> str:
         """A short hash of exporter, URL, key and proxy: one account's data never goes to another."""
-        proxies = [os.environ.get(name, "") for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")]
+        proxies = [os.environ.get(name, "") for name in _PROXIES]
         identity = "\0".join([self.exporter, self.api_url, self.api_key, *proxies])
         return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 

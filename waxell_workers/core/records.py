@@ -8,7 +8,7 @@ given another meaning.
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
@@ -28,7 +28,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     """The writer's byte in the `procs` file: whoever can lock it knows that the writer is dead."""
 
 
-class RunStarted(_Record, frozen=True, tag="run_started"):
+class RunStarted(_Record, frozen=True, kw_only=True, tag="run_started"):
     """A run, that is one attempt of a task or one `WaxellContext`, has begun."""
 
     run_id: str
@@ -47,7 +47,7 @@ class RunStarted(_Record, frozen=True, tag="run_started"):
     """The framework's task id; a `TaskLost` finds its run by it."""
 
 
-class LLMCall(_Record, frozen=True, tag="llm_call"):
+class LLMCall(_Record, frozen=True, kw_only=True, tag="llm_call"):
     """One call of a model: completed, failed, or a stream that has ended."""
 
     run_id: str = ""
@@ -80,7 +80,7 @@ class LLMCall(_Record, frozen=True, tag="llm_call"):
     metadata: dict[str, Any] = {}
 
 
-class Step(_Record, frozen=True, tag="step"):
+class Step(_Record, frozen=True, kw_only=True, tag="step"):
     """A named step of a run, with its output."""
 
     run_id: str
@@ -89,7 +89,7 @@ class Step(_Record, frozen=True, tag="step"):
     position: int = 0
 
 
-class RunUpdated(_Record, frozen=True, tag="run_updated"):
+class RunUpdated(_Record, frozen=True, kw_only=True, tag="run_updated"):
     """Tags or metadata were set on a run while it ran: written at once, so that a killed run has them."""
 
     run_id: str
@@ -97,7 +97,7 @@ class RunUpdated(_Record, frozen=True, tag="run_updated"):
     metadata: dict[str, Any] = {}
 
 
-class RunEnded(_Record, frozen=True, tag="run_ended"):
+class RunEnded(_Record, frozen=True, kw_only=True, tag="run_ended"):
     """A run has ended; the first one counts."""
 
     run_id: str
@@ -110,7 +110,7 @@ class RunEnded(_Record, frozen=True, tag="run_ended"):
     result: Any = None
 
 
-class TaskLost(_Record, frozen=True, tag="task_lost"):
+class TaskLost(_Record, frozen=True, kw_only=True, tag="task_lost"):
     """A supervising process says that the process which ran a task is gone, and why."""
 
     task_id: str
@@ -120,4 +120,4 @@ class TaskLost(_Record, frozen=True, tag="task_lost"):
     """The framework's exception: `WorkerLostError`, `TimeLimitExceeded`, …"""
 
 
-Record = Union[RunStarted, LLMCall, Step, RunUpdated, RunEnded, TaskLost]
+Record = RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost
