@@ -1,0 +1,111 @@
+"""Hearing the calls that an application makes through an LLM SDK.
+
+`install` watches for the supported SDKs: each is instrumented when the application imports it, by the
+official OpenTelemetry instrumentor and a tracer of ours that listens. Nothing is imported before that,
+neither an SDK nor OpenTelemetry, and nothing is ever wrapped, counted or logged on behalf of anybody else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+
+from ..core.errors import ConfigError
+from .calls import Listener, Redactor, Sink
+from .imports import forget, is_being_imported, when_imported
+from .platform import platform_sdk_is_active
+
+__all__ = ["SUPPORTED", "install", "uninstall"]
+
+_logger = logging.getLogger("waxell_workers.capture")
+
+SUPPORTED = {"openai": ("waxell_workers.capture.openai", "opentelemetry.instrumentation.genai.openai")}
+"""SDK (the top-level module that an application imports) to our module for it, and the instrumentor's."""
+
+_listener: Listener | None = None
+_said: set[str] = set()
+
+
+def install(
+    sink: Sink,
+    *,
+    names: tuple[str, ...] | None,
+    capture_content: bool,
+    redact: Redactor | None,
+    current_run: Callable[[], str],
+) -> None:
+    """Start to hear calls. A second installation replaces the first.
+
+    Arguments:
+        sink: called once per finished call, in the thread in which it ends, with `LLMCall`'s fields except
+            `id` and `proc` as keyword arguments. It must neither block nor raise.
+        names: the SDKs to listen to; None for every supported one, () for none.
+        capture_content: whether prompts, responses and the full text of errors are passed on.
+        redact: applied to each of these texts before the sink sees it. A failure of its costs the text; an
+            interrupt of a task framework that surfaces in it reaches the task.
+        current_run: returns the id of the run that is current in the calling context, or an empty string.
+            Called when a call starts; it must neither block nor raise.
+
+    Raises:
+        ConfigError: a name that is not supported.
+    """
+    global _listener
+    chosen = tuple(SUPPORTED) if names is None else names
+    for name in chosen:
+        if name not in SUPPORTED:
+            raise ConfigError("capture", name, f"expected some of {', '.join(sorted(SUPPORTED))}")
+    uninstall()
+    _listener = Listener(sink, current_run, capture_content, redact)
+    for name in chosen:
+        _, instrumentor = SUPPORTED[name]
+        # Both: where a user imports the instrumentor first, that imports the SDK while it is half there itself.
+        when_imported(instrumentor, functools.partial(_instrument, name))
+        when_imported(name, functools.partial(_instrument, name))
+
+
+def uninstall() -> None:
+    """Hear no more calls; those that are under way are still told when they end."""
+    global _listener
+    _listener = None
+    for name, (ours, instrumentor) in SUPPORTED.items():
+        forget(name)
+        forget(instrumentor)
+        module = sys.modules.get(ours)
+        if module is not None:
+            module.release()
+
+
+def _instrument(name: str) -> None:
+    """Listen to an SDK that has just been imported: this runs inside the import, and must not fail it."""
+    listener = _listener
+    if listener is None or platform_sdk_is_active():
+        return
+    ours, instrumentor = SUPPORTED[name]
+    if name not in sys.modules or is_being_imported(instrumentor):
+        return
+    try:
+        heard = importlib.import_module(ours).listen(listener)
+    except ModuleNotFoundError as error:
+        if error.name is None or not instrumentor.startswith(error.name):
+            _say(name, "%s is not captured: %s", name, error)
+        else:
+            _say(
+                name,
+                '%s is not captured, its instrumentor is missing: pip install "waxell-workers[%s]"',
+                name,
+                name,
+            )
+    except (AttributeError, ImportError, TypeError) as error:
+        _say(name, "%s is not captured: this version does not suit its instrumentor (%s)", name, error)
+    else:
+        if not heard:
+            _say(name, "%s is not captured: its instrumentor does not take this version", name)
+
+
+def _say(name: str, message: str, *arguments: object) -> None:
+    if name not in _said:
+        _said.add(name)
+        _logger.warning(message, *arguments)

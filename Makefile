@@ -1,0 +1,60 @@
+# Two commands are all that a bare machine needs: `make demo` and `make test`. They create .venv from $(PYTHON)
+# (3.10 or later), install what they need, and run. pip speaks on stderr, so that stdout is the command's own.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCHMARK_INSTALLED := $(VENV)/.installed-benchmark
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format docs bench clean
+
+help:
+	@echo 'make demo [ARGS="--once --json"]   a real worker, tasks that die, and the page that shows them'
+	@echo 'make test [ARGS="-k journal"]      ruff, mypy and every test'
+	@echo 'make lint                          ruff and mypy alone'
+	@echo 'make format                        let ruff rewrite the sources'
+	@echo 'make docs                          write the generated parts of docs/ anew'
+	@echo 'make bench                         what recording costs, beside two other tracers'
+	@echo 'make clean                         remove .venv and caches'
+
+demo: $(INSTALLED)
+	@$(BIN)/waxell-workers demo $(ARGS)
+
+test: lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo 'ruff format: run `make format`' >&2; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff format --quiet
+
+docs: $(INSTALLED)
+	@$(BIN)/python tests/docs/test_docs.py
+
+bench: $(BENCHMARK_INSTALLED)
+	@$(BIN)/python tests/benchmarks/recording.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .tox build dist
+
+# `--group` came with pip 25.1; the pip of a fresh venv is often older.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo '$(PYTHON) is older than Python 3.10: make PYTHON=python3.12 …' >&2; exit 1; }
+	@echo 'installing into $(VENV) …' >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev >&2
+	@touch $@
+
+$(BENCHMARK_INSTALLED): pyproject.toml $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group benchmark >&2
+	@touch $@

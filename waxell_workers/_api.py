@@ -1,0 +1,137 @@
+"""The functions that a user calls, re-exported by `waxell_workers`; here, core and capture meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from . import capture as capturing
+from .core import collector as collecting
+from .core.collector import Collector, Stats, configure, current
+from .core.config import Redactor, resolve
+from .core.flush import FlushResult
+from .core.runs import get_context, record_call_in_current
+
+
+def init(
+    api_key: str | None = None,
+    api_url: str | None = None,
+    *,
+    agent_name: str | None = None,
+    flush: str | None = None,
+    flush_interval: float | None = None,
+    flush_max_records: int | None = None,
+    flush_timeout: float | None = None,
+    shutdown_timeout: float | None = None,
+    capture: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    capture_content: bool | None = None,
+    redact: Redactor | None = None,
+    spool_dir: str | None = None,
+    spool_limit: int | str | None = None,
+    shipper: str | None = None,
+    exporter: str | None = None,
+    observe: bool | None = None,
+) -> None:
+    """Configure the library. Creates no file, process or thread: a worker's boot or the first record does.
+
+    An argument beats the environment (`WAXELL_API_KEY`, `WAXELL_FLUSH`, …), which beats the default. A second
+    call with equal settings does nothing; with others it warns once, and the first stays.
+
+    Args:
+        api_key: the key of the Waxell platform; none is needed for a loopback URL.
+        api_url: the server's address.
+        agent_name: the agent name of runs that have no better one.
+        flush: `periodic` (default) or `task`: nothing, or a flush, at each task's end.
+        flush_interval: the longest that a record waits for its export, in seconds (5).
+        flush_max_records: how many records are exported sooner (512).
+        flush_timeout: the longest that a flush waits, in seconds (2).
+        shutdown_timeout: the longest that a stopping worker waits, in seconds (3).
+        capture: names of the SDKs to listen to; all that are supported unless given.
+        exclude: patterns of task names that are not recorded.
+        capture_content: True to record prompts, responses, arguments, and errors in full.
+        redact: a function from text to text, applied to all content before it is written.
+        spool_dir: where the journal lives.
+        spool_limit: the most that the spool may hold, in bytes, or as `64 MiB`.
+        shipper: `auto`, `process`, `thread` or `external`.
+        exporter: `waxell`.
+        observe: False to switch everything off.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    configure(resolve(dict(locals())))
+
+
+def shutdown(timeout: float = 3.0) -> FlushResult:
+    """Deliver what is there, for at most `timeout` seconds, and stop shipping from this process."""
+    return current().shutdown(timeout)
+
+
+def force_flush(timeout: float | None = None) -> FlushResult:
+    """Wait until what this process has recorded is at the server; never raises, never outlasts `timeout`.
+
+    Args:
+        timeout: seconds; `flush_timeout` unless given.
+
+    Returns:
+        True as a truth value only if nothing is pending and nothing was dropped.
+    """
+    return current().force_flush(timeout)
+
+
+def stats() -> Stats:
+    """Return what this process has recorded and lost."""
+    return current().stats()
+
+
+def record_llm_call(
+    *,
+    model: str,
+    tokens_in: int = 0,
+    tokens_out: int = 0,
+    cost: float | None = None,
+    task: str = "chat",
+    prompt_preview: str = "",
+    response_preview: str = "",
+    **fields: Any,
+) -> None:
+    """Record a call of a model in the current run, or for the background collector if there is none.
+
+    The arguments are those of `WaxellContext.record_llm_call`.
+
+    Raises:
+        TypeError: a field that a call does not have.
+    """
+    record_call_in_current(
+        current(),
+        model=model,
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        cost_usd=cost,
+        operation=task,
+        prompt=prompt_preview,
+        response=response_preview,
+        **fields,
+    )
+
+
+def _listen(collector: Collector) -> None:
+    settings = collector.settings
+    if not collector.active:
+        return
+    capturing.install(
+        collector.record_call,
+        names=settings.capture,
+        capture_content=settings.capture_content,
+        redact=None,  # the collector applies it to whatever it records
+        current_run=_current_run_id,
+    )
+
+
+def _current_run_id() -> str:
+    run = get_context()
+    return run.run_id if run is not None else ""
+
+
+collecting.when_configured = _listen

@@ -1,0 +1,35 @@
+"""The names of the attributes that are read from an instrumentor's spans: all of them, and only here.
+
+Plain strings, so that reading them imports nothing. They are those of the OpenTelemetry semantic conventions
+for generative AI ("Generative AI client spans", https://opentelemetry.io/docs/specs/semconv/gen-ai/), as
+`opentelemetry-util-genai` 1.3b0 sets them; `error.type` is from the general conventions.
+"""
+
+from __future__ import annotations
+
+OPERATION = "gen_ai.operation.name"
+PROVIDER = "gen_ai.provider.name"
+REQUEST_MODEL = "gen_ai.request.model"
+REQUEST_STREAM = "gen_ai.request.stream"
+RESPONSE_MODEL = "gen_ai.response.model"
+RESPONSE_ID = "gen_ai.response.id"
+FINISH_REASONS = "gen_ai.response.finish_reasons"
+TIME_TO_FIRST_CHUNK_S = "gen_ai.response.time_to_first_chunk"
+"""In seconds."""
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+"""With the cached ones."""
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+"""With those of reasoning."""
+CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+REASONING_TOKENS = "gen_ai.usage.reasoning.output_tokens"
+ERROR_TYPE = "error.type"
+
+INFERENCES = frozenset({"chat", "embeddings", "generate_content", "text_completion"})
+"""The operations in which a model works; `fetch_response`, say, only reads what an earlier one made."""
+
+OPEN_CALL_PREFIX = "opentelemetry.genai.client."
+"""How the keys begin under which `opentelemetry-util-genai` 1.3b0 notes an open call in the OpenTelemetry
+context, so that a call inside a call is not told twice (`CLIENT_INFERENCE_CONTEXT_KEY` and its like)."""
+
+ABANDONED_STREAM = ("_OTHER", "abandoned stream")
+"""`error.type` and description of a stream that was dropped unread (`AbandonedStreamError` there)."""

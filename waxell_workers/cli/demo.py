@@ -1,0 +1,160 @@
+"""`waxell-workers demo`: a real Celery worker whose tasks die, and a count of what was lost (nothing).
+
+What happened is counted twice, by two roads that share no code: the tasks write it into Valkey themselves
+(`demo_tally`), and waxell-workers tells it to the server. `demo_verdict` compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .extras import require
+
+if TYPE_CHECKING:
+    from .demo_stage import Model, Stage
+    from .demo_tally import Tally
+    from .demo_verdict import Verdict
+    from .processes import Children
+    from .sources import ServerSource
+
+PATIENCE_S = 60.0
+"""How long the first 60 tasks may take; Celery needs 10 s to believe that a pool process is gone."""
+STOP_S = 20.0
+"""How long the worker and its shipper may take to finish; HASTE_S where something went wrong."""
+HASTE_S = 5.0
+LOOK_EVERY_S = 0.25
+
+
+@click.command(short_help="Watch tasks die in a real worker; count what is lost.")
+@click.option("--once", is_flag=True, help="Exit when the work is done; status 1 if anything was lost.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--tasks", default=60, show_default=True, type=click.IntRange(10, 5000), help="How many tasks.")
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port of the page; 0 for a free one.")
+@click.option("--base-url", metavar="URL", help="A real OpenAI-compatible server; needs OPENAI_API_KEY.")
+@click.option("--model", default="gpt-4o-mini", show_default=True, help="The chat model to ask.")
+@click.option(
+    "--embedding-model",
+    default="text-embedding-3-small",
+    show_default=True,
+    help="The embedding model to ask.",
+)
+def demo(
+    once: bool, as_json: bool, tasks: int, port: int, base_url: str | None, model: str, embedding_model: str
+) -> None:
+    """Run a real Celery worker whose tasks fail, hang and die, and count what was lost.
+
+    Starts an embedded Valkey, the local server with its page, a model's stand-in and a prefork worker; some
+    of the tasks are killed by Celery's hard time limit, one by SIGKILL. Needs nothing but this package.
+    """
+    require("demo")
+    from .demo_stage import Model
+
+    if base_url and not os.environ.get("OPENAI_API_KEY"):
+        raise click.UsageError("--base-url needs OPENAI_API_KEY in the environment")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end as by Ctrl-C: everything that was started is ended
+        signal.signal(number, signal.default_int_handler)
+    verdict = _perform(Model(base_url or "", model, embedding_model), tasks, port, once, as_json)
+    if not verdict.clean:
+        raise SystemExit(1)
+
+
+def _perform(model: Model, tasks: int, port: int, once: bool, as_json: bool) -> Verdict:
+    from .demo_server import seen_runs
+    from .demo_stage import set_up
+    from .demo_tally import connect
+    from .demo_verdict import judge
+    from .processes import ChildError, Children
+    from .sources import server
+
+    began = time.monotonic()
+    try:
+        with _directory() as directory, Children(directory) as children:
+            _say(f"model: {model.label}")
+            stage = set_up(children, directory, model, tasks, port)
+            _say(f"page:  {stage.server_url}")
+            try:
+                with connect(stage.valkey_socket) as tally, server(stage.server_url, api_key="") as source:
+                    _watch(children, stage, tally, source, tasks)
+                    stage.stop_worker(STOP_S)
+                    ended = len(tally.ends())
+                    verdict = judge(ended, tally.attempts(), tally.calls(), seen_runs(source))
+            finally:
+                stage.stop_worker(HASTE_S)
+            _show(verdict, stage, time.monotonic() - began, as_json)
+            if not once:
+                _stay(stage)
+    except ChildError as error:
+        raise click.ClickException(str(error)) from error
+    return verdict
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    """Make the demo's own directory, and remove it in the end."""
+    root = tempfile.gettempdir()
+    # the path of a Unix socket is limited to 104 bytes on macOS
+    directory = Path(tempfile.mkdtemp(prefix="waxell-demo-", dir=root if len(root) < 64 else "/tmp"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _watch(children: Children, stage: Stage, tally: Tally, source: ServerSource, tasks: int) -> None:
+    """Show what happens, until Celery has seen the end of every task."""
+    from .demo_show import Board
+    from .processes import ChildError
+
+    deadline = time.monotonic() + PATIENCE_S * max(1.0, tasks / 60)
+    with Board(tasks) as board:
+        while True:
+            ended = len(tally.ends())
+            board.update(ended=ended, attempts=len(tally.attempts()), stats=source.stats())
+            if ended >= tasks:
+                return
+            children.check()
+            if time.monotonic() > deadline:
+                raise ChildError(f"only {ended} of {tasks} tasks ended in time\n{stage.worker.tail()}")
+            time.sleep(LOOK_EVERY_S)
+
+
+def _show(verdict: Verdict, stage: Stage, seconds: float, as_json: bool) -> None:
+    from .demo_show import table
+
+    figures = figures_of(verdict) | {"seconds": round(seconds, 1), "url": stage.server_url}
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    table(figures)
+
+
+def figures_of(verdict: Verdict) -> dict[str, Any]:
+    """Return the table of a verdict, in its order."""
+    from dataclasses import asdict
+
+    return asdict(verdict) | {"lost": verdict.lost, "duplicated": verdict.duplicated}
+
+
+def _stay(stage: Stage) -> None:
+    """Keep the page up until Ctrl-C."""
+    _say(f"The page stays at {stage.server_url} until you press Ctrl-C.")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        _say("")
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)

@@ -1,0 +1,51 @@
+"""`waxell-workers ship`: the shipper in the foreground: a sidecar, a unit, or by hand after an accident."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.option("--drain", is_flag=True, help="Export what is there, then exit; status 1 if something remains.")
+@click.option(
+    "--timeout",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="With --drain: the seconds after which to give up.",
+)
+@click.option("--url", metavar="URL", help="Where to; WAXELL_API_URL unless given.")
+@click.option("--spool-dir", metavar="DIR", help="The workers' spool; WAXELL_SPOOL_DIR unless given.")
+def ship(drain: bool, timeout: float, url: str | None, spool_dir: str | None) -> None:
+    """Export what workers on this machine have recorded.
+
+    Workers start a shipper by themselves. Run this one where they must not (WAXELL_SHIPPER=external),
+    or with --drain when a machine is about to go. URL, key and spool must be those of the workers; the key
+    is read from WAXELL_API_KEY.
+    """
+    from ..core.config import resolve
+    from ..core.foreground import run
+
+    settings = resolve({"api_url": url, "spool_dir": spool_dir})
+    if not settings.configured:
+        raise click.UsageError("nowhere to ship to: set WAXELL_API_KEY, or a loopback WAXELL_API_URL")
+    try:
+        result = run(settings, drain=drain, progress=_Progress(), timeout=timeout)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"delivered {result.delivered}, pending {result.pending}, rejected {result.dropped}")
+    if drain and not result:
+        raise SystemExit(1)
+
+
+class _Progress:
+    """Says on stderr how far it is, when that has changed."""
+
+    def __init__(self) -> None:
+        self._said = (0, 0)
+
+    def __call__(self, delivered: int, pending: int) -> None:
+        if (delivered, pending) == self._said:
+            return
+        self._said = (delivered, pending)
+        click.echo(f"delivered {delivered}, pending {pending}", err=True)

@@ -1,0 +1,118 @@
+"""Runs as tables for people. A terminal's width decides what is cut; `--json` cuts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..server.model import Call, RunDetail, RunSummary
+
+UNKNOWN = "-"
+COLOURS = {
+    "success": "green",
+    "ok": "green",
+    "running": "cyan",
+    "retry": "yellow",
+    "error": "red",
+    "killed": "bold red",
+    "interrupted": "magenta",
+}
+
+
+def runs_table(runs: Sequence[RunSummary]) -> None:
+    """Print a list of runs on stdout."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    table.add_column("started", no_wrap=True)
+    table.add_column("task", overflow="fold", ratio=3)
+    table.add_column("status", no_wrap=True)
+    for name in ("time", "calls", "tokens", "cost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("error", overflow="ellipsis", no_wrap=True, ratio=4)
+    for run in runs:
+        table.add_row(
+            run["run_id"][:12],
+            clock(run["started_at"]),
+            escape(run["agent_name"]),
+            coloured(run["status"]),
+            milliseconds(run["duration_ms"]),
+            str(run["calls"]),
+            f"{run['tokens_in'] + run['tokens_out']:,}",
+            dollars(run["cost_usd"]),
+            escape(run["error"]),
+        )
+    Console().print(table)
+
+
+def run_panel(run: RunDetail) -> None:
+    """Print one run with its calls on stdout."""
+    console = Console()
+    console.print(f"[bold]{escape(run['agent_name'])}[/]  {coloured(run['status'])}  {run['run_id']}")
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    facts.add_row("workflow", escape(run["workflow_name"]))
+    facts.add_row("started", run["started_at"])
+    facts.add_row("time", milliseconds(run["duration_ms"]))
+    facts.add_row("tokens", f"{run['tokens_in']:,} in, {run['tokens_out']:,} out")
+    facts.add_row("cost", dollars(run["cost_usd"]))
+    for name, value in sorted(run["metadata"].items()):
+        facts.add_row(escape(str(name)), escape(str(value)))
+    if run["error"]:
+        facts.add_row("error", escape(run["error"]))
+    console.print(facts)
+    console.print(calls_table(run["calls"]))
+    if run["traceback"]:
+        console.print(run["traceback"], markup=False, highlight=False)
+
+
+def calls_table(calls: Sequence[Call]) -> Table:
+    """Return the calls of a run as a table."""
+    table = Table(
+        title=f"{len(calls)} calls" if len(calls) != 1 else "1 call", title_justify="left", box=None
+    )
+    for name in ("model", "operation", "status"):
+        table.add_column(name)
+    for name in ("time", "in", "out", "cost"):
+        table.add_column(name, justify="right")
+    table.add_column("error")
+    for call in calls:
+        table.add_row(
+            escape(call["model"]),
+            escape(call["operation"]),
+            coloured(call["status"]),
+            milliseconds(call["duration_ms"]),
+            f"{call['tokens_in']:,}",
+            f"{call['tokens_out']:,}",
+            dollars(call["cost_usd"]),
+            escape(call["error"]),
+        )
+    return table
+
+
+def coloured(status: str) -> str:
+    """Return a status in its colour, as rich markup."""
+    colour = COLOURS.get(status)
+    return f"[{colour}]{escape(status)}[/]" if colour else escape(status)
+
+
+def clock(started_at: str) -> str:
+    """Return date and time of an ISO 8601 time, to the second."""
+    return started_at[:19].replace("T", " ")
+
+
+def milliseconds(duration_ms: float | None) -> str:
+    """Write a duration as people read it."""
+    if duration_ms is None:
+        return UNKNOWN
+    return f"{duration_ms:.0f} ms" if duration_ms < 1000 else f"{duration_ms / 1000:.1f} s"
+
+
+def dollars(cost_usd: float | None) -> str:
+    """Write an amount of money; a dash if nobody knows it."""
+    return UNKNOWN if cost_usd is None else f"${cost_usd:.4f}"

@@ -1,0 +1,323 @@
+"""The buffered collector: this process's way into the journal, and its word with the shipper.
+
+There is one per process (`current`), inherited by forked children, configured by `init` or, at the first
+need, from the environment. `record` is the only road a record takes. What cannot be recorded is counted,
+with its reason, and never raised.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fnmatch
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import content, launch
+from .config import Settings, resolve
+from .encoding import encode
+from .errors import ConfigError
+from .flush import FlushResult, request_flush
+from .ids import new_id
+from .journal import Journal
+from .liveness import ship_lock
+from .records import LLMCall, RunEnded, RunStarted, RunUpdated, Step, TaskLost
+from .runs import Run
+
+logger = logging.getLogger("waxell_workers")
+
+_LOOK_FOR_SHIPPER_S = 5.0
+_NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What this process has recorded and lost, since it began."""
+
+    recorded: int = 0
+    """Records that are safe in the journal."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Records that are lost, by reason."""
+    pending: int = 0
+    """Records written here of which no flush has said that they were delivered; the shipper may know more."""
+    spool: str = ""
+    """The directory of the journal; empty as long as nothing was written."""
+    shipper: str = ""
+    """How records are shipped from this process: `process`, `thread`, `external`, or empty."""
+
+
+class Collector:
+    """Writes records, sees to it that somebody ships them, and asks for flushes."""
+
+    def __init__(self, settings: Settings, *, implicit: bool = False, in_worker: bool = False) -> None:
+        self.settings = settings
+        self.implicit = implicit
+        """True if the settings came from the environment at the first need, not from `init`."""
+        self.active = settings.configured
+        self.journal = Journal(settings)
+        self.open_runs: dict[str, Run] = {}
+        self._recorded = 0
+        self._confirmed = 0
+        self._flushed_drops = 0
+        self._counting_pid = os.getpid()
+        self._shipping_pid = 0
+        self.in_worker = in_worker
+        self._main_pid = 0
+        self._looked_at = _NEVER
+        self._starts = 0
+        self._exit_pid = 0
+
+    # -- recording -----------------------------------------------------------------------------
+
+    def record(
+        self,
+        kind: type[RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost],
+        *,
+        at: float | None = None,
+        **fields: Any,
+    ) -> bool:
+        """Write a record; True if it is safe.
+
+        Args:
+            kind: the record's class.
+            at: Unix time in seconds; now unless given.
+            fields: the record's own fields.
+        """
+        if not self.active:
+            self._drop_unconfigured()
+            return False
+        if self._shipping_pid != os.getpid():
+            self._first_record_here()
+        journal = self.journal
+        record = kind(id=new_id(), at=time.time() if at is None else at, proc=journal.token(), **fields)
+        if not journal.append(encode(record)):
+            return False
+        self._recorded += 1
+        return True
+
+    def record_call(self, **fields: Any) -> None:
+        """Write an `LLMCall`, its texts redacted."""
+        settings = self.settings
+        if settings.redact is not None:
+            for name in ("prompt", "response", "error_message"):
+                if fields.get(name):
+                    fields[name] = content.redacted(settings, fields[name])
+        self.record(LLMCall, **fields)
+
+    def excluded(self, name: str) -> bool:
+        """True if a task or agent of this name is not to be recorded."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.settings.exclude)
+
+    def run_has_ended(self) -> None:
+        """Look, now and then, whether anybody ships; if not, start somebody."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_FOR_SHIPPER_S:
+            return
+        self._looked_at = now
+        self.ensure_shipper()
+
+    def close_open_runs(self) -> None:
+        """End the runs that this process began and never ended, as `interrupted`."""
+        for run in list(self.open_runs.values()):
+            run.end("interrupted")
+        self.open_runs.clear()
+
+    def _drop_unconfigured(self) -> None:
+        if self.settings.observe:
+            self.journal.drop("unconfigured")
+
+    def _first_record_here(self) -> None:
+        """In a script, or a process forked by one: see to a shipper and to the exit."""
+        self._shipping_pid = os.getpid()
+        if self._counting_pid != os.getpid():
+            self._counting_pid = os.getpid()
+            self._recorded = self._confirmed = 0
+            self.open_runs = {key: run for key, run in self.open_runs.items() if run.is_open}
+        if self.in_worker:
+            return
+        self.ensure_shipper()
+        self.flush_at_exit()
+
+    # -- shipping ------------------------------------------------------------------------------
+
+    def enter_worker(self) -> None:
+        """Say that this process, and those forked from it, belong to a worker that starts the shipper."""
+        self.in_worker = True
+        self._looked_at = time.monotonic()
+
+    def boot(self) -> None:
+        """Open the journal in a worker's main process and start the shipper's; harmless if repeated."""
+        if not self.active:
+            return
+        self.enter_worker()
+        try:
+            self.journal.open()
+        except OSError as error:
+            logger.warning("no spool, so nothing will be recorded: %s", error)
+            return
+        self._shipping_pid = self._main_pid = os.getpid()
+        if self.shipper_kind() == "process":
+            self.ensure_shipper()
+
+    def ensure_shipper(self) -> None:
+        """Start a shipper if nobody ships; returns at once."""
+        kind = self.shipper_kind()
+        if not self.active or kind == "external":
+            return
+        if kind == "thread" and self.in_worker and os.getpid() != self._main_pid:
+            return  # the thread lives in the worker's main process; a task's must not start one
+        try:
+            directory = self.journal.open()
+            if ship_lock(directory).taken():
+                self._starts = 0
+                return
+        except OSError:
+            return
+        if self._starts >= launch.MOST_STARTS:
+            return
+        self._starts += 1
+        launch.start(self.settings, directory, thread=kind == "thread")
+
+    def shipper_kind(self) -> str:
+        """Return `process`, `thread` or `external`, as configured, or as fits this process."""
+        kind = self.settings.shipper
+        if kind == "auto":
+            kind = "process" if self.in_worker else "thread"
+        if kind == "process" and not launch.can_start_process(self.settings):
+            kind = "thread"
+        return kind
+
+    def flush_at_exit(self) -> None:
+        """Have what remains exported when the interpreter exits normally."""
+        if self._exit_pid != os.getpid():
+            self._exit_pid = os.getpid()
+            atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        if self._exit_pid == os.getpid():
+            self.close_open_runs()
+            self.shutdown(self.settings.shutdown_timeout)
+
+    # -- flushing ------------------------------------------------------------------------------
+
+    def force_flush(self, timeout: float | None = None, *, everybody: bool = False) -> FlushResult:
+        """Wait until what this process has recorded is at the server, or the timeout is over.
+
+        Args:
+            timeout: seconds; `flush_timeout` unless given.
+            everybody: wait for the records of all processes that share the journal.
+
+        Returns:
+            True as a truth value only if nothing is pending and nothing was dropped.
+        """
+        timeout = self.settings.flush_timeout if timeout is None else max(0.0, timeout)
+        deadline = time.monotonic() + timeout
+        drops = sum(self.journal.dropped.values())
+        dropped, self._flushed_drops = drops - self._flushed_drops, drops
+        counting = self._counting_pid == os.getpid()
+        recorded, confirmed = (self._recorded, self._confirmed) if counting else (0, 0)
+        directory = self.journal.directory
+        if not self.active or not directory or (recorded == confirmed and not everybody):
+            return FlushResult(0, 0, dropped)
+        if not _is_shipped(directory):
+            self.ensure_shipper()
+        token = 0 if everybody else self.journal.token()
+        answer = request_flush(directory, token, None if everybody else self.journal.last, deadline)
+        if answer is None:
+            return FlushResult(0, max(1, recorded - confirmed), dropped)
+        if answer.pending == 0 and counting:
+            self._confirmed = recorded
+        return FlushResult(answer.delivered, answer.pending, dropped + answer.dropped)
+
+    def shutdown(self, timeout: float) -> FlushResult:
+        """Have everything exported that is there, for at most `timeout` seconds, and stop shipping from here.
+
+        A shipper that is a process of its own goes on by itself with what remains.
+        """
+        deadline = time.monotonic() + timeout
+        directory = self.journal.directory
+        if not self.active or not directory:
+            return self.force_flush(0)
+        if self.shipper_kind() == "thread" and not _is_shipped_elsewhere(directory):
+            return launch.drain_here(self.settings, directory, deadline)
+        return self.force_flush(timeout, everybody=self.in_worker)
+
+    def stats(self) -> Stats:
+        """Return what this process has recorded and lost."""
+        return Stats(
+            recorded=self._recorded,
+            dropped=dict(self.journal.dropped),
+            pending=self._recorded - self._confirmed,
+            spool=self.journal.directory,
+            shipper=self.shipper_kind() if self.active else "",
+        )
+
+
+def _is_shipped(directory: str) -> bool:
+    try:
+        return ship_lock(directory).taken()
+    except OSError:
+        return False
+
+
+def _is_shipped_elsewhere(directory: str) -> bool:
+    return not ship_lock(directory).held and _is_shipped(directory)
+
+
+_collector: Collector | None = None
+_configuring = threading.RLock()
+
+
+def when_configured(collector: Collector) -> None:
+    """Be told of the collector before its first record; the package puts the capture of SDKs here."""
+
+
+def current() -> Collector:
+    """Return this process's collector, configured from the environment if `init` was not called.
+
+    An environment that cannot be used switches everything off, and is logged: no task fails for it.
+    """
+    if _collector is not None:
+        return _collector
+    try:
+        settings = resolve({})
+    except ConfigError as error:
+        logger.error("nothing will be recorded: %s", error)
+        settings = Settings(observe=False)
+    return _install(Collector(settings, implicit=True))
+
+
+def configured() -> Collector | None:
+    """Return this process's collector, or None as long as nobody has configured one."""
+    return _collector
+
+
+def configure(settings: Settings) -> Collector:
+    """Make the collector for these settings; the first `init` wins.
+
+    A collector that made itself from the environment and has written nothing yet gives way.
+    """
+    existing = _collector
+    if existing is None:
+        return _install(Collector(settings))
+    if existing.settings == settings:
+        return existing
+    if existing.implicit and not existing.journal.directory:
+        return _install(Collector(settings, in_worker=existing.in_worker), instead_of=existing)
+    logger.warning(
+        "waxell_workers is already configured: this second init() has other settings, and is ignored"
+    )
+    return existing
+
+
+def _install(collector: Collector, instead_of: Collector | None = None) -> Collector:
+    global _collector
+    with _configuring:
+        if _collector is not instead_of:  # another thread was first
+            return _collector or collector
+        _collector = collector
+        when_configured(collector)
+    return collector

@@ -1,0 +1,89 @@
+"""What may be written down: the content rules, applied before a record exists.
+
+Without `capture_content`, an error is its type and a bounded message, a traceback has no source lines.
+With it, texts are kept, through the user's `redact`.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from types import TracebackType
+from typing import Any
+
+from .config import Settings
+
+_MESSAGE_CHARACTERS = 200
+_FRAMES = 50
+_REDACTION_FAILED = "[redaction failed]"
+_INTERRUPTING = ("billiard", "celery", "dramatiq", "rq", "gevent", "greenlet")
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """True if an exception is a framework's way to stop a task, whose way out must stay free.
+
+    `SoftTimeLimitExceeded` and `JobTimeoutException` are plain `Exception`s, raised at any bytecode; they are
+    told by the package that defines them, so that no framework is imported.
+    """
+    if not isinstance(error, Exception):
+        return True
+    return any(kind.__module__.split(".", 1)[0] in _INTERRUPTING for kind in type(error).__mro__)
+
+
+def redacted(settings: Settings, value: Any) -> Any:
+    """Return `value` with each text in it passed through the user's `redact`.
+
+    A redactor that fails costs the text, never the task.
+    """
+    if settings.redact is None:
+        return value
+    if isinstance(value, str):
+        if not value:
+            return value
+        try:
+            return str(settings.redact(value))
+        except Exception as error:  # the user's code: anything may come, and interrupts must pass
+            if is_interrupt(error):
+                raise
+            return _REDACTION_FAILED
+    if isinstance(value, dict):
+        return {key: redacted(settings, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(settings, item) for item in value]
+    return value
+
+
+def error_type(error: BaseException) -> str:
+    """Return an exception's qualified type, without `builtins`."""
+    kind = type(error)
+    module = kind.__module__
+    return kind.__qualname__ if module in ("builtins", "__main__") else f"{module}.{kind.__qualname__}"
+
+
+def error_message(settings: Settings, error: BaseException) -> str:
+    """Return an exception's text: bounded, and redacted.
+
+    Made from its arguments that are texts or numbers; `str()` of the exception may run the user's code.
+    """
+    text = ", ".join(str(part) for part in error.args if isinstance(part, (str, int, float)))
+    if not settings.capture_content:
+        text = text[:_MESSAGE_CHARACTERS]
+    return str(redacted(settings, text))
+
+
+def format_traceback(settings: Settings, trace: TracebackType | None) -> str:
+    """Return the innermost frames of a traceback; source lines only with `capture_content`."""
+    if trace is None:
+        return ""
+    frames = traceback.StackSummary.extract(traceback.walk_tb(trace), lookup_lines=False)[-_FRAMES:]
+    lines = ["Traceback (most recent call last):"]
+    for frame in frames:
+        lines.append(f'  File "{_short(frame.filename)}", line {frame.lineno}, in {frame.name}')
+        if settings.capture_content and frame.line:
+            lines.append(f"    {redacted(settings, frame.line)}")
+    return "\n".join(lines)
+
+
+def _short(filename: str) -> str:
+    home = os.path.expanduser("~")
+    return f"~{filename[len(home) :]}" if filename.startswith(f"{home}/") else filename

@@ -1,0 +1,95 @@
+"""The shipper as a process: detached, started by a worker, or in the foreground for a person."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import msgspec
+
+from . import spool
+from .config import Settings
+from .flush import FlushResult, request_flush
+from .segments import segment_numbers
+from .shipper import DRAIN_S, LOCK_WAIT_S, Shipper
+
+_LOG_BYTES = 1 << 20
+_LAST_WORD_S = 20.0
+"""After SIGTERM the process leaves, whatever hangs; what was not delivered is in the journal."""
+
+
+def main() -> None:
+    """Ship for a worker: settings come as JSON on standard input, from `launch`."""
+    order = msgspec.json.decode(sys.stdin.buffer.read())
+    directory: str = order["directory"]
+    settings = Settings(**order["settings"])
+    _log_to(f"{directory}/shipper.log")
+    shipper = Shipper(settings, directory, stay=False)
+    _on_signal(shipper.terminate)
+    shipper.run()
+
+
+def run(
+    settings: Settings,
+    *,
+    drain: bool,
+    progress: Callable[[int, int], None] | None = None,
+    timeout: float = DRAIN_S,
+) -> FlushResult:
+    """Ship in the foreground, as `waxell-workers ship` does.
+
+    Args:
+        settings: where to, and whose spool.
+        drain: True to deliver what is there and return; False to stay until SIGTERM or SIGINT.
+        progress: called with the records delivered and those known to be pending.
+        timeout: with `drain`, the seconds after which to give up.
+
+    Returns:
+        What was delivered, what is still there, and what the server rejected.
+
+    Raises:
+        OSError: there is no usable spool.
+    """
+    directory = spool.prepare(settings)
+    shipper = Shipper(settings, directory, stay=not drain, progress=progress)
+    if threading.current_thread() is threading.main_thread():
+        _on_signal(shipper.terminate)
+    deadline = time.monotonic() + timeout
+    if drain:
+        if not segment_numbers(directory):
+            return FlushResult(0, 0, 0)
+        shipper.stop(deadline)
+    if shipper.run(0.0 if drain else LOCK_WAIT_S):
+        return FlushResult(shipper.delivered, shipper.pending, shipper.rejected)
+    if not drain:
+        raise OSError(f"another shipper works in {directory}")
+    answer = request_flush(directory, 0, None, deadline)
+    if answer is None:
+        return FlushResult(0, 1, 0)
+    return FlushResult(answer.delivered, max(answer.pending, 0), answer.dropped)
+
+
+def _on_signal(terminate: Callable[[], None]) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
+        terminate()
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.setitimer(signal.ITIMER_REAL, _LAST_WORD_S, _LAST_WORD_S)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def _log_to(path: str) -> None:
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    logger = logging.getLogger("waxell_workers")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,188 @@
+"""Starting a shipper: as a process of its own beside a worker, or as a daemon thread in a script.
+
+The process is forked twice, in a session of its own, so that it outlives a worker that is killed and leaves
+no zombie behind one that lives. Nothing here waits for it. Settings and key go over a pipe: argv and
+environment are for everybody to read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import site
+import sys
+import threading
+import time
+
+import msgspec
+
+from .config import Settings
+from .flush import FlushResult
+
+logger = logging.getLogger("waxell_workers.shipper")
+
+MOST_STARTS = 5
+"""How often one process starts a shipper that does not stay."""
+_BOOT = (
+    "import os, sys\n"
+    "if os.fork(): os._exit(0)\n"
+    "os.setsid()\n"
+    "os.chdir('/')\n"
+    "os.umask(0o077)\n"
+    "os.closerange(3, 4096)\n"
+    "os.execv(sys.argv[1], [sys.argv[1], '-m', 'waxell_workers.core.shipper'])\n"
+)
+_NEEDED = ("api_key", "api_url", "exporter", "flush_interval", "flush_max_records", "spool_limit")
+_NOT_INHERITED = ("PYTHON", "OTEL_", "DD_", "NEW_RELIC_", "SENTRY_", "WAXELL_", "COVERAGE_", "COV_CORE_")
+
+_DEFAULT_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGPIPE,
+    signal.SIGCHLD,
+    signal.SIGALRM,
+)
+
+_intermediate: set[int] = set()
+_threads: dict[str, _ShipperThread] = {}
+_inherited: list[object] = []
+
+
+def can_start_process(settings: Settings) -> bool:
+    """True if this interpreter can start a Python of its own (not frozen, embedded, or under uWSGI)."""
+    if getattr(sys, "frozen", False) or "uwsgi" in sys.modules or not sys.executable:
+        return False
+    name = os.path.basename(sys.executable)
+    return name.startswith(("python", "pypy")) and os.access(sys.executable, os.X_OK)
+
+
+def start(settings: Settings, directory: str, *, thread: bool) -> None:
+    """Start a shipper and return at once; it gives up by itself if somebody else already ships."""
+    if not thread:
+        try:
+            _start_process(settings, directory)
+            return
+        except OSError as error:
+            logger.warning("no shipper process can be started (%s): shipping from a thread", error)
+    _start_thread(settings, directory)
+
+
+def shipper_thread(directory: str) -> threading.Thread | None:
+    """Return this process's shipper thread for a directory, if one is alive here."""
+    thread = _threads.get(directory)
+    return thread if thread is not None and thread.pid == os.getpid() and thread.is_alive() else None
+
+
+def drain_here(settings: Settings, directory: str, deadline: float) -> FlushResult:
+    """Deliver what is there by this process's shipper thread, or on the calling thread, and stop shipping.
+
+    At the interpreter's end no thread can be started on Python 3.12, so that nothing here tries to.
+
+    Args:
+        settings: where to.
+        directory: the destination's directory.
+        deadline: `time.monotonic()` in seconds.
+    """
+    from .shipper import Shipper
+
+    thread = shipper_thread(directory)
+    if thread is None:
+        shipper = Shipper(settings, directory, stay=False)
+        shipper.stop(deadline)
+        if not shipper.run(0.0):
+            return FlushResult(0, 1, 0)
+        return FlushResult(shipper.delivered, shipper.pending, shipper.rejected)
+    own = _threads[directory].shipper
+    before = own.delivered
+    own.stop(deadline)
+    thread.join(max(0.0, deadline - time.monotonic()))
+    return FlushResult(own.delivered - before, own.pending, own.rejected)
+
+
+class _ShipperThread(threading.Thread):
+    def __init__(self, settings: Settings, directory: str) -> None:
+        super().__init__(name="waxell-shipper", daemon=True)
+        from .shipper import Shipper
+
+        self.pid = os.getpid()
+        self.shipper = Shipper(settings, directory, stay=True)
+
+    def run(self) -> None:
+        self.shipper.run()
+
+
+def _start_thread(settings: Settings, directory: str) -> None:
+    if shipper_thread(directory) is not None:
+        return
+    thread = _ShipperThread(settings, directory)
+    try:
+        thread.start()
+    except RuntimeError as error:  # the interpreter is going down, or there are too many threads
+        logger.debug("no shipper thread can be started: %s", error)
+        return
+    # A forked child inherits the old one, dead; it stays referenced there, so that nothing closes its files.
+    _inherited.append(_threads.get(directory))
+    _threads[directory] = thread
+
+
+def _start_process(settings: Settings, directory: str) -> None:
+    _reap()
+    order = {name: getattr(settings, name) for name in _NEEDED}
+    reading, writing = os.pipe()
+    log = os.open(f"{directory}/shipper.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(writing, msgspec.json.encode({"directory": directory, "settings": order}))
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", _BOOT, sys.executable],
+            _environment(),
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, reading, 0),
+                (os.POSIX_SPAWN_DUP2, log, 1),
+                (os.POSIX_SPAWN_DUP2, log, 2),
+            ],
+            setsigmask=[],
+            setsigdef=_DEFAULT_SIGNALS,
+        )
+    finally:
+        for descriptor in (reading, writing, log):
+            os.close(descriptor)
+    _intermediate.add(pid)
+
+
+def _reap() -> None:
+    for pid in list(_intermediate):
+        try:
+            done, _ = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # somebody else waited for it, or it is our parent's
+            done = pid
+        if done:
+            _intermediate.discard(pid)
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment without what would instrument or misdirect the shipper."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
+    kept["PYTHONSAFEPATH"] = "1"
+    kept["WAXELL_OBSERVE"] = "false"
+    found = _import_path()
+    if found:
+        kept["PYTHONPATH"] = os.pathsep.join(found)
+    return kept
+
+
+def _import_path() -> list[str]:
+    """Return the directories, beyond Python's own, from which the shipper must import its few packages."""
+    standard = {os.path.realpath(path) for path in [*site.getsitepackages(), site.getusersitepackages()]}
+    found = []
+    for name in ("waxell_workers", "msgspec", "httpx"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.origin:
+            continue
+        path = os.path.realpath(os.path.dirname(os.path.dirname(spec.origin)))
+        if path not in standard and path not in found:
+            found.append(path)
+    return found

@@ -1,0 +1,198 @@
+"""What the shipper knows, in SQLite beside the journal: survives the shipper, is written by it alone.
+
+One transaction per batch holds the cursor, the ids that were acknowledged above it, the open runs with the
+server's ids for them, and the calls that were put into automatic runs. A ledger that cannot be read is moved
+aside: then the journal is delivered again from its beginning, and `ingest` drops the repeats.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from .encoding import to_json
+from .exporting import RunState
+from .records import RunStarted, TaskLost
+from .segments import Position
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS cursor (one INTEGER PRIMARY KEY CHECK (one = 1), segment INTEGER, inode INTEGER, offset INTEGER);
+CREATE TABLE IF NOT EXISTS acknowledged (id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS recent (id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS grouped (call_id TEXT PRIMARY KEY, run_id TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS runs (
+    run_id TEXT PRIMARY KEY, started BLOB NOT NULL, remote_id TEXT NOT NULL, spans INTEGER NOT NULL,
+    automatic INTEGER NOT NULL, lost BLOB, ended_at REAL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS runs_ended ON runs (ended_at);
+PRAGMA user_version = 1;
+"""  # noqa: E501
+_ENDED_RUNS_KEPT = 20_000
+_ENDED_RUNS_KEPT_S = 3600.0
+
+
+@dataclass(slots=True)
+class TrackedRun:
+    """A run, from the record that began it to the acknowledgement of the one that ended it."""
+
+    state: RunState
+    automatic: bool = False
+    """True for a run that the shipper made for calls outside any run."""
+    lost: TaskLost | None = None
+    """What the supervising process said about the task's end."""
+    ended: bool = False
+    """True once an end was read or made."""
+    delivered: bool = False
+    """True once the end was acknowledged."""
+
+    @property
+    def run_id(self) -> str:
+        """The client's id of the run."""
+        return self.state.started.run_id
+
+
+class Ledger:
+    """One destination's `shipper.db`. Used by one thread."""
+
+    def __init__(self, directory: str) -> None:
+        """Open or make the file.
+
+        Raises:
+            sqlite3.Error: it can neither be read nor replaced.
+        """
+        path = f"{directory}/shipper.db"
+        try:
+            self._db = _open(path)
+        except sqlite3.DatabaseError:
+            os.replace(path, f"{path}.damaged")
+            for suffix in ("-wal", "-shm"):
+                if os.path.exists(path + suffix):
+                    os.unlink(path + suffix)
+            self._db = _open(path)
+
+    def cursor(self) -> tuple[Position | None, int]:
+        """Return where reading goes on, and the inode of the segment there."""
+        row = self._db.execute("SELECT segment, offset, inode FROM cursor").fetchone()
+        return (Position(row[0], row[1]), row[2]) if row else (None, 0)
+
+    def acknowledged(self) -> set[str]:
+        """Return the ids above the cursor that were acknowledged."""
+        return {row[0] for row in self._db.execute("SELECT id FROM acknowledged")}
+
+    def recent(self) -> list[str]:
+        """Return the last ids of the segments that are gone, to know repeats by."""
+        return [row[0] for row in self._db.execute("SELECT id FROM recent")]
+
+    def open_runs(self) -> list[TrackedRun]:
+        """Return the runs whose end was not delivered."""
+        rows = self._db.execute(f"SELECT {_COLUMNS} FROM runs WHERE ended_at IS NULL")
+        return [_run(row) for row in rows]
+
+    def run(self, run_id: str) -> TrackedRun | None:
+        """Return a run that is known here, ended or not."""
+        row = self._db.execute(f"SELECT {_COLUMNS} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        return _run(row) if row else None
+
+    def grouped(self) -> dict[str, str]:
+        """Return the calls that were put into automatic runs and are not delivered: call id to run id."""
+        return dict(self._db.execute("SELECT call_id, run_id FROM grouped").fetchall())
+
+    def group(self, run: TrackedRun, call_ids: Iterable[str]) -> None:
+        """Remember an automatic run and its calls before they are exported: a repeat groups them alike."""
+        with self._db:
+            self._save_run(run)
+            self._db.executemany(
+                "INSERT OR IGNORE INTO grouped VALUES (?, ?)", [(call_id, run.run_id) for call_id in call_ids]
+            )
+
+    def commit(
+        self,
+        cursor: Position,
+        inode: int,
+        *,
+        done_above: Iterable[str],
+        passed: Iterable[str],
+        runs: Iterable[TrackedRun],
+    ) -> None:
+        """Write down what a batch has achieved, all or nothing.
+
+        Args:
+            cursor: everything before it has arrived, or was given up and counted.
+            inode: the inode of the segment at the cursor.
+            done_above: ids above the cursor that have arrived since the last commit.
+            passed: ids that the cursor has passed since then.
+            runs: runs that have changed.
+        """
+        gone = [(record_id,) for record_id in passed]
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO cursor VALUES (1, ?, ?, ?)", (cursor.segment, inode, cursor.offset)
+            )
+            self._db.executemany("INSERT OR IGNORE INTO acknowledged VALUES (?)", [(i,) for i in done_above])
+            self._db.executemany("DELETE FROM acknowledged WHERE id = ?", gone)
+            self._db.executemany("DELETE FROM grouped WHERE call_id = ?", gone)
+            for run in runs:
+                self._save_run(run)
+
+    def remember(self, ids: Iterable[str]) -> None:
+        """Keep the last ids of a finished segment, in place of those of the one before."""
+        with self._db:
+            self._db.execute("DELETE FROM recent")
+            self._db.executemany("INSERT OR IGNORE INTO recent VALUES (?)", [(i,) for i in ids])
+
+    def forget_ended_runs(self) -> None:
+        """Delete runs that ended long ago, or too many others ago, for late calls to be expected."""
+        with self._db:
+            self._db.execute("DELETE FROM runs WHERE ended_at < ?", (time.time() - _ENDED_RUNS_KEPT_S,))
+            self._db.execute(
+                "DELETE FROM runs WHERE ended_at <= (SELECT ended_at FROM runs "
+                "WHERE ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT 1 OFFSET ?)",
+                (_ENDED_RUNS_KEPT,),
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _save_run(self, run: TrackedRun) -> None:
+        self._db.execute(
+            f"INSERT OR REPLACE INTO runs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                run.run_id,
+                to_json(run.state.started),
+                run.state.remote_id,
+                run.state.spans,
+                run.automatic,
+                to_json(run.lost) if run.lost else None,
+                time.time() if run.delivered else None,
+            ),
+        )
+
+
+_COLUMNS = "run_id, started, remote_id, spans, automatic, lost, ended_at"
+
+
+def _open(path: str) -> sqlite3.Connection:
+    # One thread at a time uses it: the shipper's own, or at exit the one that drains.
+    db = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
+    os.chmod(path, 0o600)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.executescript(_SCHEMA)
+    return db
+
+
+def _run(row: tuple[str, bytes, str, int, int, bytes | None, float | None]) -> TrackedRun:
+    _, started, remote_id, spans, automatic, lost, ended_at = row
+    return TrackedRun(
+        RunState(msgspec.json.decode(started, type=RunStarted), remote_id, spans),
+        automatic=bool(automatic),
+        lost=msgspec.json.decode(lost, type=TaskLost) if lost else None,
+        ended=ended_at is not None,
+        delivered=ended_at is not None,
+    )

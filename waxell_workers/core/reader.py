@@ -1,0 +1,182 @@
+"""The journal, read by the shipper: in order, once, to the last byte of a segment before the next.
+
+A line counts when its newline is there. What is left without one at the end of a sealed segment, and a line
+that is no record, is torn or damaged: counted, passed over, never an error.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import msgspec
+
+from .encoding import decode
+from .records import FORMAT_VERSION, Record
+from .segments import Position, create_segment, is_sealed, segment_numbers, segment_path
+
+_CHUNK = 1 << 20
+
+
+class NewerJournal(Exception):
+    """A segment was written by a newer version: its shipper should read it."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A record on its way. `record` is given up when it has arrived."""
+
+    record: Record | None
+    id: str
+    token: int
+    end: Position | None
+    """Where the record's line ends; None for one that the shipper made."""
+    size: int
+
+
+class Reader:
+    """Reads one destination's journal from a position on."""
+
+    def __init__(self, directory: str, start: Position | None, inode: int) -> None:
+        """Take up at `start`, if the segment there is still the same file; else at the lowest.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        self._directory = directory
+        self._descriptor = -1
+        self._inodes: dict[int, int] = {}
+        self.torn = 0
+        numbers = segment_numbers(directory)
+        self.position = Position(numbers[0] if numbers else 1, 0)
+        if start is not None and start.segment in numbers:
+            status = os.stat(segment_path(directory, start.segment))
+            if status.st_ino == inode and status.st_size >= start.offset:
+                self.position = start
+
+    def inode_of(self, number: int) -> int:
+        """Return the inode of a segment that was opened here, or 0."""
+        return self._inodes.get(number, 0)
+
+    def lowest(self) -> int:
+        """Return the number of the lowest segment."""
+        return min(segment_numbers(self._directory), default=self.position.segment)
+
+    def read(self) -> list[Entry]:
+        """Return the next records, up to a chunk of them; empty at the journal's end.
+
+        Raises:
+            NewerJournal: the segment has a version that is not known here.
+            OSError: the segment cannot be read.
+        """
+        while True:
+            if self._descriptor < 0 and not self._open():
+                return []
+            sealed = is_sealed(os.fstat(self._descriptor))
+            chunk = os.pread(self._descriptor, _CHUNK, self.position.offset)
+            complete = chunk.rfind(b"\n") + 1
+            if complete:
+                return self._entries(chunk[:complete])
+            if len(chunk) == _CHUNK:  # no record is that long: damage
+                self.torn += 1
+                self.position = Position(self.position.segment, self.position.offset + _CHUNK)
+                continue
+            if not sealed or not self._next(torn=bool(chunk)):
+                return []
+
+    def end(self) -> Position:
+        """Return the journal's end at this moment."""
+        numbers = segment_numbers(self._directory)
+        if not numbers:
+            return self.position
+        try:
+            return Position(numbers[-1], os.stat(segment_path(self._directory, numbers[-1])).st_size)
+        except FileNotFoundError:
+            return self.position
+
+    def unread(self) -> int:
+        """Return the bytes that are there and were not read."""
+        total = 0
+        for number in segment_numbers(self._directory):
+            if number >= self.position.segment:
+                total += os.stat(segment_path(self._directory, number)).st_size
+        return max(0, total - self.position.offset)
+
+    def rotate(self) -> None:
+        """Open the next segment, then seal the highest one; its end is still to be read.
+
+        Raises:
+            OSError: the disk is full, or the directory is gone.
+        """
+        numbers = segment_numbers(self._directory)
+        if not numbers:
+            return
+        create_segment(self._directory, numbers[-1] + 1)
+        os.chmod(segment_path(self._directory, numbers[-1]), 0o400)
+
+    def delete_before(self, number: int) -> None:
+        """Delete the segments below `number`, all of which must be read and acknowledged."""
+        for old in segment_numbers(self._directory):
+            if old < number:
+                os.unlink(segment_path(self._directory, old))
+                self._inodes.pop(old, None)
+
+    def close(self) -> None:
+        """Close the segment."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> bool:
+        try:
+            path = segment_path(self._directory, self.position.segment)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        self._inodes[self.position.segment] = os.fstat(self._descriptor).st_ino
+        return True
+
+    def _next(self, *, torn: bool) -> bool:
+        """Go on with the next segment; false if there is none yet."""
+        higher = [number for number in segment_numbers(self._directory) if number > self.position.segment]
+        if not higher:
+            return False
+        self.torn += torn
+        self.close()
+        self.position = Position(higher[0], 0)
+        return True
+
+    def seal_if_superseded(self) -> None:
+        """Seal the segment that is being read if a higher one exists: a shipper died between the two."""
+        if self._descriptor < 0 or is_sealed(os.fstat(self._descriptor)):
+            return
+        if segment_numbers(self._directory)[-1] > self.position.segment:
+            os.fchmod(self._descriptor, 0o400)
+
+    def _entries(self, chunk: bytes) -> list[Entry]:
+        number, offset = self.position
+        entries = []
+        for line in chunk.split(b"\n")[:-1]:
+            offset += len(line) + 1
+            if not line:
+                continue
+            if line.startswith(b'{"kind":"segment"'):
+                self._check_version(line)
+                continue
+            try:
+                record = decode(line)
+            except msgspec.MsgspecError:
+                self.torn += 1
+                continue
+            entries.append(Entry(record, record.id, record.proc, Position(number, offset), len(line)))
+        self.position = Position(number, offset)
+        return entries
+
+    def _check_version(self, line: bytes) -> None:
+        try:
+            version = msgspec.json.decode(line)["version"]
+        except (msgspec.MsgspecError, KeyError, TypeError):
+            self.torn += 1
+            return
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise NewerJournal(f"a segment has version {version}, this is {FORMAT_VERSION}")

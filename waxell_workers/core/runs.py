@@ -1,0 +1,320 @@
+"""Runs: what an LLM call belongs to.
+
+A run is one attempt of a task, one `WaxellContext`, or one call of an `@observe`d function. The current one
+stands in a contextvar: it follows `await`, and a new thread starts outside any run. Everything said about a
+run is a record, written at once; a `Run` holds only what the next record needs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import content
+from .ids import new_id
+from .records import RunEnded, RunStarted, RunUpdated, Step
+
+if TYPE_CHECKING:
+    from .collector import Collector
+
+_current: ContextVar[Run | None] = ContextVar("waxell_run", default=None)
+
+
+def get_context() -> Run | None:
+    """Return the run that is current here, or None outside any run."""
+    return _current.get()
+
+
+class Run:
+    """One open run of this process. Adapters open it; `WaxellContext` is the same with `with`."""
+
+    def __init__(
+        self,
+        collector: Collector | None,
+        agent_name: str,
+        workflow_name: str = "default",
+        inputs: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+        session_id: str | None = None,
+        user_id: str | None = None,
+        *,
+        user_group: str | None = None,
+        parent_run_id: str | None = None,
+        root_run_id: str | None = None,
+        trace_id: str | None = None,
+        task_id: str = "",
+    ) -> None:
+        self._collector = collector
+        self.run_id = new_id()
+        self.agent_name = agent_name
+        self.workflow_name = workflow_name
+        self.task_id = task_id
+        self._inputs = inputs
+        self._metadata = metadata
+        self._session_id = session_id
+        self._user_id = user_id
+        self._user_group = user_group
+        self.parent_run_id = parent_run_id
+        self.root_run_id = root_run_id
+        self.trace_id = trace_id
+        self._pid = 0
+        self._began = 0.0
+        self._steps = 0
+        self._result: Any = None
+        self._outer: Run | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """True between start and end, in the process that started the run."""
+        return self._pid == os.getpid()
+
+    def start(self) -> None:
+        """Write that the run has begun. Its id exists before, so that an interrupt cannot orphan it."""
+        outer = _current.get()
+        if self.parent_run_id is None and outer is not None:
+            self.parent_run_id = outer.run_id
+            self.root_run_id = self.root_run_id or outer.root_run_id
+            self.trace_id = self.trace_id or outer.trace_id
+        self.root_run_id = self.root_run_id or self.run_id
+        self.trace_id = self.trace_id or self.root_run_id
+        self._began = time.perf_counter()
+        self._pid = os.getpid()
+        collector = self._collector
+        if collector is None:
+            return
+        collector.open_runs[self.run_id] = self
+        collector.record(
+            RunStarted,
+            run_id=self.run_id,
+            agent_name=self.agent_name,
+            workflow_name=self.workflow_name,
+            inputs=content.redacted(collector.settings, self._inputs) or {},
+            metadata=self._metadata or {},
+            session_id=self._session_id or "",
+            user_id=self._user_id or "",
+            user_group=self._user_group or "",
+            parent_run_id=self.parent_run_id or "",
+            root_run_id=self.root_run_id,
+            trace_id=self.trace_id,
+            task_id=self.task_id,
+        )
+
+    def end(
+        self,
+        state: str = "success",
+        error: BaseException | None = None,
+        *,
+        error_type: str = "",
+        error_message: str = "",
+        traceback: str = "",
+    ) -> None:
+        """Write how the run has ended; only the first end counts, and only in the process that began it.
+
+        Args:
+            state: one of `records.STATES`.
+            error: the exception that ended it; its type, text and traceback are kept by the content rules.
+            error_type: the error's type where there is no exception to read it from.
+            error_message: the error's text, likewise.
+            traceback: the formatted traceback, likewise.
+        """
+        if not self.is_open:
+            return
+        self._pid = 0
+        collector = self._collector
+        if collector is None:
+            return
+        described: dict[str, Any] = (
+            dict(self.describe(error))
+            if error is not None
+            else {
+                "error_type": error_type,
+                "error_message": error_message,
+                "traceback": traceback,
+            }
+        )
+        collector.open_runs.pop(self.run_id, None)
+        collector.record(
+            RunEnded,
+            run_id=self.run_id,
+            state=state,
+            duration_ms=self.elapsed_s() * 1000,
+            **described,
+            result=content.redacted(collector.settings, self._result),
+        )
+        collector.run_has_ended()
+
+    def describe(self, error: BaseException) -> dict[str, str]:
+        """Return an exception's type, text and traceback as `end` takes them, by the content rules."""
+        if self._collector is None:
+            return {}
+        settings = self._collector.settings
+        return {
+            "error_type": content.error_type(error),
+            "error_message": content.error_message(settings, error),
+            "traceback": content.format_traceback(settings, error.__traceback__),
+        }
+
+    def enter(self) -> None:
+        """Make this run current here."""
+        self._outer = _current.get()
+        _current.set(self)
+
+    def leave(self) -> None:
+        """Make the run current again that was so before `enter`."""
+        # Not by token: an adapter's hooks may run in different copies of a context.
+        _current.set(self._outer)
+        self._outer = None
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the start."""
+        return time.perf_counter() - self._began
+
+    def record_llm_call(
+        self,
+        *,
+        model: str,
+        tokens_in: int = 0,
+        tokens_out: int = 0,
+        cost: float | None = None,
+        task: str = "chat",
+        prompt_preview: str = "",
+        response_preview: str = "",
+        **fields: Any,
+    ) -> None:
+        """Record one call of a model in this run.
+
+        Args:
+            model: the model's name.
+            tokens_in: tokens of the prompt.
+            tokens_out: tokens of the response.
+            cost: price in USD; None to have known models priced when shipped.
+            task: the operation: `chat`, `embeddings`, …
+            prompt_preview: text of the prompt, recorded since you hand it over; redacted.
+            response_preview: text of the response, likewise.
+            fields: further fields of `core.records.LLMCall`, such as `provider` or `duration_ms`.
+
+        Raises:
+            TypeError: a field that `LLMCall` does not have.
+        """
+        if self._collector is not None:
+            self._collector.record_call(
+                run_id=self.run_id,
+                model=model,
+                tokens_in=tokens_in,
+                tokens_out=tokens_out,
+                cost_usd=cost,
+                operation=task,
+                prompt=prompt_preview,
+                response=response_preview,
+                **fields,
+            )
+
+    def record_step(self, name: str, output: Any = None) -> None:
+        """Record a named step of this run, with its output (plain data)."""
+        if self._collector is not None:
+            self._steps += 1
+            output = content.redacted(self._collector.settings, output)
+            self._collector.record(Step, run_id=self.run_id, name=name, output=output, position=self._steps)
+
+    def set_tag(self, key: str, value: Any) -> None:
+        """Set a tag of this run; written at once, so that a killed run has it."""
+        if self._collector is not None:
+            self._collector.record(RunUpdated, run_id=self.run_id, tags={key: value})
+
+    def set_metadata(self, key: str, value: Any) -> None:
+        """Set a metadata field of this run; written at once."""
+        if self._collector is not None:
+            self._collector.record(RunUpdated, run_id=self.run_id, metadata={key: value})
+
+    def set_result(self, result: Any) -> None:
+        """Set what the run has produced (plain data); written when it ends."""
+        self._result = result
+
+
+class WaxellContext(Run):
+    """A run as a context manager, sync and async.
+
+        with WaxellContext("researcher", session_id="s-1") as run:
+            client.chat.completions.create(…)       # belongs to the run
+            run.set_tag("tenant", "acme")
+
+    An exception ends the run as `error` (`interrupted` for one that is no `Exception`) and passes through
+    untouched. Nothing here waits for the network.
+
+    Args:
+        agent_name: who runs.
+        workflow_name: what it runs.
+        inputs: plain data, recorded since you hand it over; redacted.
+        metadata: plain data for filters and the page.
+        session_id: a conversation to which the run belongs.
+        user_id: the end user for whom it runs.
+        user_group: the end user's group.
+        parent_run_id: the run that caused this one; the current run unless given.
+    """
+
+    def __init__(
+        self,
+        agent_name: str,
+        workflow_name: str = "default",
+        inputs: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+        session_id: str | None = None,
+        user_id: str | None = None,
+        *,
+        user_group: str | None = None,
+        parent_run_id: str | None = None,
+    ) -> None:
+        from . import collector
+
+        super().__init__(
+            collector.current(),
+            agent_name,
+            workflow_name,
+            inputs,
+            metadata,
+            session_id,
+            user_id,
+            user_group=user_group,
+            parent_run_id=parent_run_id,
+        )
+
+    def __enter__(self) -> WaxellContext:
+        self.start()
+        self.enter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.leave()
+        self.end(state_of(error), error)
+
+    async def __aenter__(self) -> WaxellContext:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+
+def state_of(error: BaseException | None) -> str:
+    """Return the state of a run that ended with this exception, or with none."""
+    if error is None:
+        return "success"
+    return "error" if isinstance(error, Exception) else "interrupted"
+
+
+def record_call_in_current(collector: Collector, **fields: Any) -> None:
+    """Record a call in the run that is current here, or in none."""
+    run = _current.get()
+    collector.record_call(run_id=run.run_id if run is not None else "", **fields)

@@ -1,0 +1,385 @@
+"""The shipper: reads the journal, exports batches, moves its cursor after the acknowledgement.
+
+One per destination and host, whoever holds `ship.lock`: a process of its own beside a worker, a daemon
+thread in a script, or `waxell-workers ship`. It relies on nothing but the directory, and may be killed at any
+instruction: what was not committed is read again. It never runs in a task's path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+
+from .config import EXPORTERS, Settings
+from .encoding import to_json
+from .exporting import Exporter, Outcome, RunBatch
+from .ledger import Ledger
+from .listener import Listener, Waiter
+from .liveness import Procs, ship_lock
+from .reader import Entry, NewerJournal, Reader
+from .records import Record
+from .segments import VERSION_LINE
+from .tracking import Tracker
+from .window import Backoff, Window
+
+logger = logging.getLogger("waxell_workers.shipper")
+
+BATCH_BYTES = 1 << 20
+SEGMENT_BYTES = 4 << 20
+_POLL_S = 0.2
+_EXPORT_S = 15.0
+"""The longest that one batch may take."""
+LOCK_WAIT_S = 5.0
+"""How long a new shipper waits for one that is leaving."""
+_PAUSE_S = 60.0
+DRAIN_S = 30.0
+"""How long a shipper goes on after the last writer's death."""
+_TERM_DRAIN_S = 3.0
+_FLUSH_EVERY_S = 1.0
+_TIDY_S = 60.0
+
+
+class Shipper:
+    """Ships one destination's journal until told to stop, or until nothing is left to do."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        directory: str,
+        *,
+        stay: bool,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Prepare; nothing is opened before `run`.
+
+        Args:
+            settings: where to and how often.
+            directory: the destination's directory.
+            stay: True to go on while nobody writes, until `stop`.
+            progress: called after each round with the records delivered and those known to be pending.
+        """
+        self._settings = settings
+        self._directory = directory
+        self._stay = stay
+        self._progress = progress
+        self._wake = threading.Event()
+        self._stop_by: float | None = None
+        self._terminated = False
+        self._asked = False
+        self._named_time = False
+        self._read_all = False
+        self._listener: Listener | None = None
+        self._pending_since = 0.0
+        self._server = Backoff()
+        self._last_attempt = 0.0
+        self._tidied_at = time.monotonic()
+        self._warned = ""
+        self.delivered = 0
+        self.rejected = 0
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def run(self, lock_wait_s: float = LOCK_WAIT_S) -> bool:
+        """Ship; returns when there is nothing left to do, or somebody else ships (then False)."""
+        if not self._take_lock(lock_wait_s):
+            return False
+        try:
+            self._open()
+        except (OSError, sqlite3.Error) as error:
+            logger.error("cannot ship from %s: %s", self._directory, error)
+            ship_lock(self._directory).release()
+            return True
+        try:
+            self._listen()
+            self._live()
+            while not self._leave():
+                self._listen()
+                self._live()
+        except NewerJournal as error:
+            logger.warning("%s: leaving the journal to a newer shipper", error)
+        except FileNotFoundError as error:
+            logger.warning("the spool is gone: %s", error)
+        finally:
+            self._close()
+        return True
+
+    def stop(self, deadline: float) -> None:
+        """Ask the shipper to deliver what is there and to leave, at `deadline` at the latest."""
+        self._stop_by = deadline
+        self._wake.set()
+
+    def terminate(self) -> None:
+        """Ask the shipper, from a signal handler, to leave once the workers are gone."""
+        self._terminated = True
+
+    def _take_lock(self, wait_s: float) -> bool:
+        lock = ship_lock(self._directory)
+        deadline = time.monotonic() + wait_s
+        while not lock.acquire():
+            if time.monotonic() >= deadline or self._stop_by is not None:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _open(self) -> None:
+        self._window = Window()
+        self._procs = Procs(self._directory)
+        self._ledger = Ledger(self._directory)
+        self._reader = Reader(self._directory, *self._ledger.cursor())
+        self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs)
+        self._exporter = load_exporter(self._settings)
+        self._segment_bytes = min(SEGMENT_BYTES, (self._settings.spool_limit or SEGMENT_BYTES * 8) // 8)
+
+    def _listen(self) -> None:
+        listener = Listener(self._directory, self._wake.set)
+        self._listener = listener if listener.start() else None
+
+    def _leave(self) -> bool:
+        """Take no more requests, look once more; true if there is really nothing left for us to do."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        self._read()
+        if self._stop_by is None and self._procs.anyone_alive():
+            return False
+        if self._is_drained() and not self._procs.anyone_alive():
+            self._leave_no_content()
+        return True
+
+    def _leave_no_content(self) -> None:
+        if self._reader.end().offset > len(VERSION_LINE):
+            self._reader.rotate()
+            self._read()
+            self._tracker.commit([])
+            self._tracker.delete_finished_segments()
+
+    def _close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._exporter.close()
+        self._reader.close()
+        self._ledger.close()
+        ship_lock(self._directory).release()
+
+    def _live(self) -> None:
+        last_alive = time.monotonic()
+        while True:
+            self._round()
+            now = time.monotonic()
+            if self._stop_by is not None:
+                if self._is_drained() or now >= self._stop_by:
+                    return
+            elif self._procs.anyone_alive() or self._stay:
+                last_alive = now
+            elif self._is_finished() or now - last_alive > (_TERM_DRAIN_S if self._terminated else DRAIN_S):
+                return
+            if self._stay and self._terminated and self._stop_by is None:
+                self.stop(now + _TERM_DRAIN_S)
+            self._sleep()
+
+    def _sleep(self) -> None:
+        if self._window.pending >= self._settings.flush_max_records and self._may_send():
+            return
+        wait = _POLL_S
+        if self._stop_by is not None:
+            wait = max(0.0, min(wait, self._stop_by - time.monotonic(), 0.05))
+        self._wake.wait(wait)
+        self._wake.clear()
+
+    def _is_drained(self) -> bool:
+        return self._read_all and not self._window.pending and not self._tracker.loose
+
+    def _is_finished(self) -> bool:
+        return self._is_drained() and not self._tracker.any_open()
+
+    # -- one round -----------------------------------------------------------------------------
+
+    def _round(self) -> None:
+        self._read()
+        self._tracker.end_dead_runs()
+        waiters = self._listener.waiters() if self._listener is not None else []
+        self._asked = bool(waiters)
+        self._answer(waiters)
+        if self._is_due(waiters):
+            self._export()
+            self._answer(waiters)
+        if self._reader.end().offset >= self._segment_bytes:
+            self._reader.rotate()
+        self._tidy()
+        if self._progress is not None:
+            self._progress(self.delivered, self.pending)
+
+    def _read(self) -> None:
+        self._reader.seal_if_superseded()
+        self._read_all = False
+        while not self._window.full:
+            entries = self._reader.read()
+            if not entries:
+                self._read_all = True
+                break
+            for entry in entries:
+                self._tracker.admit(entry)
+        if not self.pending:
+            self._pending_since = time.monotonic()
+
+    @property
+    def pending(self) -> int:
+        """Records that were read and have not arrived."""
+        return self._window.pending + self._tracker.loose
+
+    def _is_due(self, waiters: list[Waiter]) -> bool:
+        if not self.pending or not self._may_send():
+            return False
+        if waiters or self._stop_by is not None or not self._procs_alive_or_stay():
+            return True
+        return (
+            self.pending >= self._settings.flush_max_records
+            or self._window.pending_bytes >= BATCH_BYTES
+            or time.monotonic() - self._pending_since >= self._settings.flush_interval
+        )
+
+    def _procs_alive_or_stay(self) -> bool:
+        return self._stay or self._procs.anyone_alive()
+
+    def _may_send(self) -> bool:
+        now = time.monotonic()
+        if self._server.until > now:
+            # Somebody waits: one attempt a second is allowed, unless the server named a time.
+            return self._asked and not self._named_time and now - self._last_attempt >= _FLUSH_EVERY_S
+        return True
+
+    def _export(self) -> None:
+        self._pending_since = time.monotonic()
+        self._tracker.group_loose()
+        if self._asked:
+            self._window.ignore_backoff()
+        while True:
+            taken = self._window.take(self._settings.flush_max_records)
+            if not taken:
+                return
+            outcome = self._send(taken)
+            if not self._settle(taken, outcome):
+                return
+            if self._window.pending < self._settings.flush_max_records and not self._asked:
+                return
+
+    def _send(self, taken: dict[str, list[Entry]]) -> Outcome:
+        batch = [
+            RunBatch(self._tracker.state(run_id), [cast(Record, entry.record) for entry in entries])
+            for run_id, entries in taken.items()
+        ]
+        self._last_attempt = time.monotonic()
+        deadline = self._last_attempt + _EXPORT_S
+        if self._stop_by is not None:
+            deadline = min(deadline, self._stop_by)
+        return self._exporter.export(batch, deadline)
+
+    def _settle(self, taken: dict[str, list[Entry]], outcome: Outcome) -> bool:
+        """Take the outcome to heart; true if it is worth going on at once."""
+        done: list[str] = []
+        waiters = self._listener.waiters() if self._listener is not None else []
+        for run_id, entries in taken.items():
+            ids = {
+                entry.id
+                for entry in entries
+                if entry.id in outcome.acknowledged or entry.id in outcome.rejected
+            }
+            for entry in entries:
+                if entry.id not in ids:
+                    continue
+                if entry.id in outcome.rejected:
+                    self._quarantine(cast(Record, entry.record), outcome.rejected[entry.id])
+                    self.rejected += 1
+                else:
+                    self.delivered += 1
+                _credit(waiters, entry, rejected=entry.id in outcome.rejected)
+                self._tracker.delivered(run_id, cast(Record, entry.record))
+            self._window.arrived(run_id, ids)
+            done += ids
+            if len(ids) < len(entries):
+                self._tracker.changed(run_id)
+                self._window.failed(run_id, outcome.retry_after_s)
+        self._tracker.commit(done)
+        self._tracker.delete_finished_segments()
+        self._note(outcome, progress=bool(done))
+        return bool(done) and not outcome.paused and not outcome.error
+
+    def _note(self, outcome: Outcome, *, progress: bool) -> None:
+        self._named_time = outcome.retry_after_s is not None or bool(outcome.paused)
+        if outcome.paused:
+            self._server.until = time.monotonic() + _PAUSE_S
+        elif outcome.error and not progress:
+            self._server.fail(outcome.retry_after_s)
+        else:
+            self._server.clear()
+        trouble = outcome.paused or outcome.error
+        if trouble and trouble != self._warned:
+            logger.warning("%s: %s; everything is kept", self._settings.api_url, trouble)
+        elif self._warned and not trouble:
+            logger.info("%s: delivering again", self._settings.api_url)
+        self._warned = trouble
+
+    def _quarantine(self, record: Record, reason: str) -> None:
+        line = msgspec.json.encode(
+            {"reason": reason, "at": time.time(), "record": msgspec.Raw(to_json(record))}
+        )
+        path = f"{self._directory}/quarantine.ndjson"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, line + b"\n")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            logger.error("a rejected record could not be kept: %s", error)
+        logger.warning("the server rejected a record (%s); it is in %s", reason, path)
+
+    # -- flush requests ------------------------------------------------------------------------
+
+    def _answer(self, waiters: list[Waiter]) -> None:
+        for waiter in waiters:
+            if waiter.upto is None:
+                waiter.upto = self._reader.end()
+            waiter.pending = self._window.count(waiter.token, waiter.upto)
+            if waiter.pending == 0 and self._reader.position >= waiter.upto and self._listener is not None:
+                self._listener.fulfil(waiter)
+
+    # -- housekeeping --------------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        now = time.monotonic()
+        if now - self._tidied_at < _TIDY_S:
+            return
+        self._tidied_at = now
+        self._ledger.forget_ended_runs()
+
+
+def _credit(waiters: list[Waiter], entry: Entry, *, rejected: bool) -> None:
+    for waiter in waiters:
+        if waiter.token and entry.token != waiter.token:
+            continue
+        if rejected:
+            waiter.dropped += 1
+        else:
+            waiter.delivered += 1
+
+
+def load_exporter(settings: Settings) -> Exporter:
+    """Import and make the exporter that the settings name."""
+    module, _, name = EXPORTERS[settings.exporter].partition(":")
+    factory: Any = getattr(importlib.import_module(module), name)
+    return cast(Exporter, factory(settings))
+
+
+if __name__ == "__main__":
+    from .foreground import main
+
+    main()

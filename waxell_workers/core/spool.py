@@ -1,0 +1,132 @@
+"""Where the journal lives: a directory on a local disk, private to us, per destination.
+
+Relies on the environment only through `candidates`; creates nothing before `prepare` is called, which a
+worker does at boot and a script at its first record.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tempfile
+
+from .config import Settings
+
+logger = logging.getLogger("waxell_workers.spool")
+
+MEMORY_LIMIT = 16 << 20
+"""Most that is kept in `/dev/shm`, in bytes: it is memory."""
+DISK_LIMIT = 512 << 20
+_MEMORY = "/dev/shm"
+_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs",
+            "fuse.glusterfs", "fuse.s3fs", "beegfs")  # fmt: skip
+_refused: set[str] = set()
+
+
+class SpoolUnavailable(OSError):
+    """No directory can hold the journal."""
+
+
+def candidates(settings: Settings) -> list[str]:
+    """Return the directories that may hold the spool, best first; a configured one stands alone."""
+    if settings.spool_dir:
+        return [os.path.abspath(settings.spool_dir)]
+    found = []
+    systemd = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if systemd:
+        found.append(f"{systemd}/waxell-workers")
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    if os.path.isabs(state):
+        found.append(f"{state}/waxell-workers")
+    found.append(f"{tempfile.gettempdir()}/waxell-workers-{os.geteuid()}")
+    found.append(f"{_MEMORY}/waxell-workers-{os.geteuid()}")
+    return found
+
+
+def prepare(settings: Settings) -> str:
+    """Make the destination's directory, private to this user, and return its path.
+
+    Raises:
+        SpoolUnavailable: no candidate can be used; the message says why for each.
+    """
+    reasons = []
+    for root in candidates(settings):
+        try:
+            if not settings.spool_dir:
+                _make_private(root)
+            else:
+                os.makedirs(root, 0o700, exist_ok=True)
+            _refuse_network(root)
+            directory = f"{root}/{settings.destination}"
+            _make_private(directory)
+        except OSError as error:
+            reasons.append(f"{root}: {error.strerror or error}")
+            continue
+        return directory
+    raise SpoolUnavailable(f"no usable spool directory ({'; '.join(reasons)})")
+
+
+def limit(settings: Settings, directory: str) -> int:
+    """Return the most that the whole spool may hold, in bytes."""
+    if settings.spool_limit:
+        return settings.spool_limit
+    space = os.statvfs(directory)
+    most = MEMORY_LIMIT if directory.startswith(f"{_MEMORY}/") else DISK_LIMIT
+    return min(most, (space.f_bavail * space.f_frsize + used(directory)) // 10)
+
+
+def used(directory: str) -> int:
+    """Return the bytes that all destinations beside `directory` hold, itself included."""
+    total = 0
+    for parent, _, names in os.walk(os.path.dirname(directory)):
+        for name in names:
+            try:
+                total += os.lstat(f"{parent}/{name}").st_size
+            except OSError:  # deleted since the listing
+                continue
+    return total
+
+
+def _make_private(path: str) -> None:
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise SpoolUnavailable(f"{path} is not a directory")
+    if status.st_uid != os.geteuid():
+        raise SpoolUnavailable(f"{path} belongs to another user")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        os.chmod(path, 0o700)
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise SpoolUnavailable(f"{path} cannot be written to")
+
+
+def _refuse_network(path: str) -> None:
+    kind = _file_system(os.path.realpath(path))
+    if kind not in _NETWORK:
+        return
+    if path not in _refused:
+        _refused.add(path)
+        logger.warning("spool directory %s is on a network file system (%s): not used", path, kind)
+    raise SpoolUnavailable(f"{path} is on a network file system ({kind})")
+
+
+def _file_system(path: str) -> str:
+    """Return the type of the file system that holds `path`, as Linux names it; empty if unknown."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            lines = mounts.read().splitlines()
+    except OSError:  # not Linux
+        return ""
+    best, kind = "", ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        mount = left.split(" ")[4]
+        inside = mount == "/" or path == mount or path.startswith(f"{mount}/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, right.split(" ")[0]
+    return kind

@@ -1,0 +1,313 @@
+"""The few verbs into which every adapter translates its framework: enqueued, started, ended, lost; worker
+booting, stopping.
+
+What two frameworks both need is here: options, the lineage that travels with a message, the metadata keys,
+the flush policy. An adapter calls these from its framework's own hooks and holds nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .collector import Collector, configured, current
+from .config import FLUSH_POLICIES
+from .errors import ConfigError
+from .records import TaskLost
+from .runs import Run, get_context
+
+HEADER = "waxell"
+"""The name under which lineage travels in a message: Celery headers, RQ's `job.meta`, Dramatiq's options."""
+TRACEPARENT = "traceparent"
+"""W3C Trace Context, level 1: `00-<32 hex trace id>-<16 hex span id>-<2 hex flags>`."""
+
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")
+_LIMIT_MARGIN_S = 0.5
+"""A flush ends this long before a framework's hard limit would kill the process."""
+_OPTIONS = "__waxell_options__"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `@options` says about one task; None leaves a setting as it is."""
+
+    flush: str | None = None
+    flush_timeout: float | None = None
+    agent_name: str | None = None
+    record: bool = True
+
+
+def options(
+    *,
+    flush: str | None = None,
+    flush_timeout: float | None = None,
+    agent_name: str | None = None,
+    record: bool = True,
+) -> Callable[[_F], _F]:
+    """Mark a task function, in any framework, above or below the framework's own decorator.
+
+        @app.task
+        @waxell_workers.options(flush="task", agent_name="billing")
+        def charge(order_id): …
+
+    Args:
+        flush: `periodic` or `task`, for this task.
+        flush_timeout: the longest wait of `task`, in seconds.
+        agent_name: the run's agent name; the task's name otherwise.
+        record: False to record nothing of this task.
+
+    Raises:
+        ConfigError: `flush` is neither policy.
+    """
+    if flush is not None and flush not in FLUSH_POLICIES:
+        raise ConfigError("flush", flush, f"expected one of {', '.join(FLUSH_POLICIES)}")
+    chosen = Options(flush, flush_timeout, agent_name, record)
+
+    def mark(function: _F) -> _F:
+        setattr(function, _OPTIONS, chosen)
+        return function
+
+    return mark
+
+
+def options_of(*candidates: object) -> Options:
+    """Return the options of the first object that was marked, or the default ones."""
+    for candidate in candidates:
+        found = getattr(candidate, _OPTIONS, None)
+        if isinstance(found, Options):
+            return found
+    return _DEFAULT
+
+
+_DEFAULT = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One attempt of a task, as its framework describes it. Times are Unix time in seconds."""
+
+    framework: str
+    name: str
+    task_id: str
+    attempt: int = 1
+    queue: str = ""
+    worker: str = ""
+    redelivered: bool = False
+    eta: float | None = None
+    message: Mapping[str, Any] = field(default_factory=dict)
+    """The message's headers, or whatever carries `HEADER` and `TRACEPARENT`."""
+    parent_task_id: str = ""
+    root_task_id: str = ""
+    inputs: Callable[[], dict[str, Any]] | None = None
+    """Makes the arguments, as plain data; called only if content is captured."""
+    nested: bool = False
+    """True if the task runs inside another on the same slot, as eager tasks do."""
+
+
+# -- enqueued ----------------------------------------------------------------------------------
+
+
+def lineage(previous: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a message that is being enqueued should carry, given what it carries already.
+
+    A message that is sent again (a retry) keeps its first parent and takes a new time.
+    """
+    collector = configured()
+    if collector is not None and not collector.settings.observe:
+        return {}
+    carried = previous.get(HEADER)
+    own: dict[str, Any] = dict(carried) if isinstance(carried, Mapping) else {}
+    own["enqueued_at"] = time.time()
+    run = get_context()
+    if run is None or "parent" in own:
+        return {HEADER: own}
+    own["parent"] = run.run_id
+    own["root"] = run.root_run_id
+    if TRACEPARENT in previous:
+        return {HEADER: own}
+    return {HEADER: own, TRACEPARENT: f"00-{run.trace_id}-{run.run_id[-16:]}-01"}
+
+
+# -- started and ended -------------------------------------------------------------------------
+
+_slots: dict[int, Run] = {}
+"""Thread or greenlet to the run of the task that it executes."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """An open run together with what its end needs."""
+
+    run: Run
+    collector: Collector
+    flush: str
+    flush_timeout: float
+    slot: int | None
+
+
+def task_started(task: Task, marked: Options) -> Attempt | None:
+    """Open a run for an attempt and make it current; None if this task is not recorded.
+
+    The caller must keep the attempt where the end will find it.
+    """
+    attempt = prepare(task, marked)
+    if attempt is not None:
+        begin(attempt)
+    return attempt
+
+
+def prepare(task: Task, marked: Options) -> Attempt | None:
+    """Make the attempt without opening it, so that it can stand on the task before anything is written."""
+    collector = current()
+    name = marked.agent_name or collector.settings.agent_name or task.name
+    if not collector.active or not marked.record or collector.excluded(task.name):
+        return None
+    carried = task.message.get(HEADER)
+    own = carried if isinstance(carried, Mapping) else {}
+    run = Run(
+        collector,
+        name,
+        task.framework,
+        inputs=task.inputs() if task.inputs is not None and collector.settings.capture_content else None,
+        metadata=_metadata(task, own),
+        parent_run_id=_text(own.get("parent")),
+        root_run_id=_text(own.get("root")),
+        trace_id=_trace_id(task.message.get(TRACEPARENT)),
+        task_id=task.task_id,
+    )
+    settings = collector.settings
+    return Attempt(
+        run,
+        collector,
+        marked.flush or settings.flush,
+        settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout,
+        None if task.nested else threading.get_ident(),
+    )
+
+
+def begin(attempt: Attempt) -> None:
+    """Open the attempt's run and make it current; an older one left open on this slot is closed."""
+    slot = attempt.slot
+    if slot is not None:
+        older = _slots.get(slot)
+        if older is not None and older.is_open:
+            older.leave()
+            older.end("interrupted")
+        _slots[slot] = attempt.run
+    attempt.run.start()
+    attempt.run.enter()
+
+
+def task_ended(
+    attempt: Attempt,
+    state: str,
+    *,
+    time_left_s: float | None = None,
+    **error: Any,
+) -> None:
+    """Close an attempt's run and, under the `task` policy, wait until it is at the server.
+
+    Args:
+        attempt: what `task_started` returned.
+        state: one of `records.STATES`.
+        time_left_s: seconds until the framework would kill this process, if it would.
+        error: the error's fields, as `Run.end` takes them.
+    """
+    run = attempt.run
+    if get_context() is run:
+        run.leave()
+    run.end(state, **error)
+    if attempt.slot is not None and _slots.get(attempt.slot) is run:
+        del _slots[attempt.slot]
+    if attempt.flush != "task":
+        return
+    timeout = attempt.flush_timeout
+    if time_left_s is not None:
+        timeout = min(timeout, time_left_s - _LIMIT_MARGIN_S)
+    if timeout > 0:
+        attempt.collector.force_flush(timeout)
+
+
+def task_lost(task_id: str, reason: str, error_type: str = "") -> None:
+    """Say, from the process that supervises, that the process which ran a task is gone."""
+    collector = configured()
+    if collector is not None and collector.active:
+        collector.record(TaskLost, task_id=task_id, reason=reason, error_type=error_type)
+
+
+# -- worker ------------------------------------------------------------------------------------
+
+
+def worker_booting() -> None:
+    """Configure this worker from the environment unless `init` did, and start its shipper."""
+    collector = current()
+    collector.boot()
+    collector.flush_at_exit()
+
+
+def worker_ready() -> None:
+    """Start the shipper where it is a thread: after the pool has forked."""
+    current().ensure_shipper()
+
+
+def pool_process_started() -> None:
+    """Say that this process belongs to a worker whose main process looks after the shipper."""
+    current().enter_worker()
+
+
+def pool_process_stopping() -> None:
+    """End what this pool process leaves open; its records are safe, so that nothing is waited for."""
+    collector = configured()
+    if collector is not None:
+        collector.close_open_runs()
+
+
+def worker_stopping() -> None:
+    """Have what is there delivered, for at most `shutdown_timeout`, worker and pool together."""
+    collector = configured()
+    if collector is not None:
+        collector.close_open_runs()
+        collector.shutdown(collector.settings.shutdown_timeout)
+
+
+def _metadata(task: Task, carried: Mapping[str, Any]) -> dict[str, Any]:
+    now = time.time()
+    enqueued_at = carried.get("enqueued_at")
+    enqueued_at = enqueued_at if isinstance(enqueued_at, (int, float)) else None
+    since = max(enqueued_at or 0.0, task.eta or 0.0)
+    metadata = {
+        "framework": task.framework,
+        "task": task.name,
+        "task_id": task.task_id,
+        "attempt": task.attempt,
+        "queue": task.queue,
+        "worker": task.worker,
+        "pid": os.getpid(),
+        "host": _host,
+        "redelivered": task.redelivered or None,
+        "enqueued_at": enqueued_at,
+        "eta": task.eta,
+        "wait_s": round(max(0.0, now - since), 6) if since else None,
+        "parent_task_id": task.parent_task_id,
+        "root_task_id": task.root_task_id,
+    }
+    return {key: value for key, value in metadata.items() if value not in (None, "")}
+
+
+_host = socket.gethostname()
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _trace_id(traceparent: object) -> str | None:
+    match = _TRACEPARENT.match(traceparent) if isinstance(traceparent, str) else None
+    return match[1] if match else None

@@ -1,0 +1,281 @@
+"""From what the journal says to what the server should hear: runs, their ends, and calls outside any run.
+
+Decides which run a record belongs to, drops repeats and second ends, finds the runs of dead processes and
+ends them as `killed` with the reason that the supervising process gave, and groups calls outside any run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+
+import msgspec
+
+from .exporting import RunState
+from .ids import new_id
+from .ledger import Ledger, TrackedRun
+from .liveness import Procs
+from .reader import Entry, Reader
+from .records import LLMCall, Record, RunEnded, RunStarted, TaskLost
+from .segments import Position
+from .window import Window
+
+_RECENT = 50_000
+_REMEMBERED = 2_000
+_LOOK_FOR_DEAD_S = 0.5
+_REASON_GRACE_S = 3.0
+"""How long the supervising process of a dead one, while it lives, has to say why."""
+_LOST_KEPT = 10_000
+
+
+class Tracker:
+    """Everything that is known about the runs of one destination."""
+
+    def __init__(self, ledger: Ledger, window: Window, reader: Reader, procs: Procs) -> None:
+        self._ledger = ledger
+        self._window = window
+        self._reader = reader
+        self._procs = procs
+        self._runs: dict[str, TrackedRun] = {}
+        self._changed: dict[str, TrackedRun] = {}
+        self._acknowledged = ledger.acknowledged()
+        self._grouped = ledger.grouped()
+        self._loose: dict[str, list[Entry]] = {}
+        self._recent: OrderedDict[str, None] = OrderedDict.fromkeys(ledger.recent())
+        self._dead: dict[int, tuple[Position, float]] = {}
+        self._looked_at = 0.0
+        self._cursor = reader.position
+        self._passed: deque[str] = deque(maxlen=_REMEMBERED)
+        self.repeats = 0
+        """Records that were read twice and dropped once."""
+        for run in ledger.open_runs():
+            self._runs[run.run_id] = run
+            if run.automatic:
+                self._add_automatic(run)
+
+    # -- what is read --------------------------------------------------------------------------
+
+    def admit(self, entry: Entry) -> None:
+        """Take a record that was read: into the window, or nowhere if it is a repeat."""
+        record = entry.record
+        entry.record = None
+        self._window.follow(entry)
+        if record is None or self._is_repeat(entry.id):
+            return
+        if isinstance(record, TaskLost):
+            self._lose(record)
+        elif isinstance(record, LLMCall) and not record.run_id:
+            self._admit_loose(entry, record)
+        elif isinstance(record, RunStarted):
+            self._begin(record)
+            self._window.add(record.run_id, entry, record, first=True)
+        elif isinstance(record, RunEnded):
+            self._admit_end(entry, record)
+        else:
+            self._run_of(record.run_id, record)
+            self._window.add(record.run_id, entry, record)
+
+    def _is_repeat(self, record_id: str) -> bool:
+        if record_id in self._acknowledged:
+            return True
+        if record_id in self._recent:
+            self.repeats += 1
+            return True
+        self._recent[record_id] = None
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        return False
+
+    def _begin(self, record: RunStarted) -> None:
+        run = self._runs.get(record.run_id)
+        if run is None:
+            run = self._runs[record.run_id] = TrackedRun(RunState(record))
+        else:
+            run.state.started = record  # a call was read before it: writers race
+        self._changed[record.run_id] = run
+
+    def _admit_end(self, entry: Entry, record: RunEnded) -> None:
+        run = self._run_of(record.run_id, record)
+        if run.ended:
+            return
+        run.ended = True
+        if record.state == "interrupted" and run.lost is not None:
+            record = _killed(record.id, record.at, run.lost, record.run_id, record.duration_ms)
+        self._window.add(record.run_id, entry, record)
+
+    def _run_of(self, run_id: str, record: Record) -> TrackedRun:
+        run = self._runs.get(run_id) or self._ledger.run(run_id)
+        if run is None:
+            # Its beginning was torn or refused. What is known is worth more than nothing.
+            started = RunStarted(
+                id=f"{run_id}-start",
+                at=record.at,
+                proc=record.proc,
+                run_id=run_id,
+                agent_name="unknown",
+                metadata={"recovered": True},
+            )
+            run = TrackedRun(RunState(started))
+            self._window.add(run_id, Entry(started, started.id, 0, None, 0), started, first=True)
+        if run_id not in self._runs:
+            self._runs[run_id] = run
+            self._changed[run_id] = run
+        return run
+
+    # -- the dead ------------------------------------------------------------------------------
+
+    def _lose(self, lost: TaskLost) -> None:
+        for run in self._runs.values():
+            if run.state.started.task_id == lost.task_id and not run.ended and run.lost is None:
+                run.lost = lost
+                self._changed[run.run_id] = run
+
+    def end_dead_runs(self) -> None:
+        """End the open runs whose process is dead, once everything that it wrote has been read."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_FOR_DEAD_S:
+            return
+        self._looked_at = now
+        open_runs = [run for run in self._runs.values() if not run.ended and not run.automatic]
+        tokens = {run.state.started.proc for run in open_runs}
+        self._dead = {token: seen for token, seen in self._dead.items() if token in tokens}
+        for token in tokens:
+            if token not in self._dead and not self._procs.is_alive(token):
+                # First it is known to be dead, then where the journal ends: so nothing of it comes later.
+                self._dead[token] = (self._reader.end(), now)
+        for run in open_runs:
+            mark, since = self._dead.get(run.state.started.proc, (None, 0.0))
+            if mark is None or self._reader.position < mark:
+                continue
+            if run.lost is not None or now - since > _REASON_GRACE_S or not self._procs.anyone_alive():
+                self._kill(run)
+
+    def any_open(self) -> bool:
+        """True if a run is still to be ended."""
+        return any(not run.ended and not run.automatic for run in self._runs.values())
+
+    def _kill(self, run: TrackedRun) -> None:
+        run.ended = True
+        at = run.lost.at if run.lost is not None else time.time()
+        end = _killed(f"{run.run_id}-killed", at, run.lost, run.run_id, (at - run.state.started.at) * 1000)
+        self._window.add(run.run_id, Entry(end, end.id, 0, None, 0), end)
+
+    # -- calls outside any run -----------------------------------------------------------------
+
+    def _admit_loose(self, entry: Entry, call: LLMCall) -> None:
+        run_id = self._grouped.get(call.id)
+        entry.record = call  # pending: the cursor must not pass it
+        if run_id is not None and run_id in self._runs:
+            self._window.add(run_id, entry, msgspec.structs.replace(call, run_id=run_id))
+            return
+        self._loose.setdefault(call.model, []).append(entry)
+
+    @property
+    def loose(self) -> int:
+        """Calls outside any run that wait to be grouped."""
+        return sum(len(entries) for entries in self._loose.values())
+
+    def group_loose(self) -> None:
+        """Put the calls outside any run into one run a model, named `auto:{model}`."""
+        loose, self._loose = self._loose, {}
+        for model, entries in loose.items():
+            calls = [entry.record for entry in entries if isinstance(entry.record, LLMCall)]
+            run_id = new_id()
+            started = RunStarted(
+                id=f"{run_id}-start",
+                at=min(call.at for call in calls),
+                run_id=run_id,
+                agent_name=f"auto:{model}",
+                workflow_name="auto",
+                metadata={"auto_collected": True, "call_count": len(calls)},
+                root_run_id=run_id,
+                trace_id=run_id,
+            )
+            run = TrackedRun(RunState(started), automatic=True)
+            self._ledger.group(run, [call.id for call in calls])
+            self._runs[run_id] = run
+            for entry, call in zip(entries, calls, strict=True):
+                self._window.add(run_id, entry, msgspec.structs.replace(call, run_id=run_id))
+            self._add_automatic(run)
+
+    def _add_automatic(self, run: TrackedRun) -> None:
+        started = run.state.started
+        run.ended = True
+        end = RunEnded(id=f"{run.run_id}-end", at=time.time(), run_id=run.run_id)
+        if f"{run.run_id}-start" not in self._acknowledged:
+            self._window.add(run.run_id, Entry(started, started.id, 0, None, 0), started, first=True)
+        self._window.add(run.run_id, Entry(end, end.id, 0, None, 0), end)
+
+    # -- what has arrived ----------------------------------------------------------------------
+
+    def state(self, run_id: str) -> RunState:
+        """Return what an exporter needs to know about a run."""
+        return self._runs[run_id].state
+
+    def delivered(self, run_id: str, record: Record) -> None:
+        """Note that a record has arrived."""
+        run = self._runs[run_id]
+        self._changed[run_id] = run
+        if isinstance(record, RunEnded):
+            run.delivered = True
+
+    def changed(self, run_id: str) -> None:
+        """Note that an exporter may have changed what it needs to know about a run."""
+        self._changed[run_id] = self._runs[run_id]
+
+    def commit(self, done: Iterable[str]) -> None:
+        """Move the cursor over what has arrived and write the state down, in one transaction.
+
+        Args:
+            done: ids that have arrived, or were given up, since the last commit.
+        """
+        passed = self._window.pass_arrived()
+        if passed and passed[-1].end is not None:
+            self._cursor = passed[-1].end
+        if self._window.nothing_followed:
+            self._cursor = self._reader.position
+        gone = [entry.id for entry in passed]
+        self._passed.extend(gone)
+        self._acknowledged.update(done)
+        finished = [
+            run for run in self._changed.values() if run.delivered and not self._window.has(run.run_id)
+        ]
+        gone += [f"{run.run_id}-start" for run in finished]
+        above = self._acknowledged.difference(gone)
+        self._ledger.commit(
+            self._cursor,
+            self._reader.inode_of(self._cursor.segment),
+            done_above=above.intersection(done),
+            passed=gone,
+            runs=self._changed.values(),
+        )
+        for run in finished:
+            self._runs.pop(run.run_id, None)
+        self._changed.clear()
+        self._acknowledged = above
+        for record_id in gone:
+            self._grouped.pop(record_id, None)
+
+    @property
+    def cursor(self) -> Position:
+        """Everything before this place has arrived or was given up."""
+        return self._cursor
+
+    def delete_finished_segments(self) -> None:
+        """Delete the segments before the cursor's, remembering their last ids to know repeats by."""
+        if self._reader.lowest() < self._cursor.segment:
+            self._ledger.remember(self._passed)
+            self._reader.delete_before(self._cursor.segment)
+
+
+def _killed(record_id: str, at: float, lost: TaskLost | None, run_id: str, ms: float | None) -> RunEnded:
+    return RunEnded(
+        id=record_id,
+        at=at,
+        run_id=run_id,
+        state="killed",
+        duration_ms=ms,
+        error_type=lost.error_type if lost is not None else "ProcessDied",
+        error_message=lost.reason if lost is not None else "the process died without a word",
+    )

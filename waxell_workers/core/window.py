@@ -1,0 +1,150 @@
+"""The records between the journal and the server: read, not yet all acknowledged.
+
+A queue per run, so that a run that fails holds up no other; and the order of the journal, so that the cursor
+moves over what has arrived and stops at what has not. Bounded by `MOST_ENTRIES`, not by the backlog.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from .reader import Entry
+from .records import Record
+from .segments import Position
+
+MOST_ENTRIES = 4_096
+_MOST_PASSED = 100_000
+_BACKOFF_FIRST_S = 0.5
+_BACKOFF_MOST_S = 15.0
+
+
+@dataclass(slots=True)
+class Backoff:
+    """How long to leave something alone that has failed: exponential, with full jitter."""
+
+    failures: int = 0
+    until: float = 0.0
+
+    def fail(self, retry_after_s: float | None = None) -> None:
+        """Count a failure and choose the next attempt's time."""
+        self.failures += 1
+        longest = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10))
+        wait = max(random.uniform(0, longest), retry_after_s or 0.0)
+        self.until = time.monotonic() + wait
+
+    def clear(self) -> None:
+        """Forget the failures."""
+        self.failures = 0
+        self.until = 0.0
+
+
+@dataclass(slots=True)
+class _Queue:
+    entries: deque[Entry] = field(default_factory=deque)
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+class Window:
+    """What is read and on its way."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, _Queue] = {}
+        self._order: deque[Entry] = deque()
+        self.pending = 0
+        """Records that have not arrived."""
+        self.pending_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """True if nothing more should be read for now."""
+        return self.pending >= MOST_ENTRIES or len(self._order) >= _MOST_PASSED
+
+    def add(self, run_id: str, entry: Entry, record: Record, *, first: bool = False) -> None:
+        """Put a record into its run's queue.
+
+        Args:
+            run_id: the run's id.
+            entry: the record's entry; in the journal's order if it has a place there.
+            record: what is to be sent, which may differ from what was read.
+            first: put it before what is already there.
+        """
+        entry.record = record
+        queue = self._queues.setdefault(run_id, _Queue())
+        if first:
+            queue.entries.appendleft(entry)
+        else:
+            queue.entries.append(entry)
+        self.pending += 1
+        self.pending_bytes += entry.size
+
+    def follow(self, entry: Entry) -> None:
+        """Keep an entry's place in the journal's order, whatever becomes of it."""
+        self._order.append(entry)
+
+    @property
+    def nothing_followed(self) -> bool:
+        """True if the cursor has passed everything that was read."""
+        return not self._order
+
+    def take(self, most: int) -> dict[str, list[Entry]]:
+        """Return up to `most` records that may be sent now, by run, each run's in order."""
+        now = time.monotonic()
+        taken: dict[str, list[Entry]] = {}
+        for run_id, queue in self._queues.items():
+            if most <= 0:
+                break
+            if queue.backoff.until > now:
+                continue
+            taken[run_id] = [entry for _, entry in zip(range(most), queue.entries, strict=False)]
+            most -= len(taken[run_id])
+        return taken
+
+    def arrived(self, run_id: str, ids: set[str]) -> list[Entry]:
+        """Take records out of a run's queue; return their entries."""
+        queue = self._queues[run_id]
+        gone = [entry for entry in queue.entries if entry.id in ids]
+        if not gone:
+            return []
+        queue.entries = deque(entry for entry in queue.entries if entry.id not in ids)
+        queue.backoff.clear()
+        if not queue.entries:
+            del self._queues[run_id]
+        for entry in gone:
+            entry.record = None
+            self.pending -= 1
+            self.pending_bytes -= entry.size
+        return gone
+
+    def failed(self, run_id: str, retry_after_s: float | None) -> None:
+        """Leave a run alone for a while."""
+        if run_id in self._queues:
+            self._queues[run_id].backoff.fail(retry_after_s)
+
+    def ignore_backoff(self) -> None:
+        """Let every run be tried again at once: somebody waits for it."""
+        for queue in self._queues.values():
+            queue.backoff.until = 0.0
+
+    def pass_arrived(self) -> list[Entry]:
+        """Return the entries that the cursor may pass, in order, and forget them."""
+        passed = []
+        while self._order and self._order[0].record is None:
+            passed.append(self._order.popleft())
+        return passed
+
+    def count(self, token: int, upto: Position) -> int:
+        """Return how many records of a process (0: of all), up to a place in the journal, are pending."""
+        return sum(
+            1
+            for entry in self._order
+            if entry.record is not None
+            and (not token or entry.token == token)
+            and (entry.end is None or entry.end <= upto)
+        )
+
+    def has(self, run_id: str) -> bool:
+        """True if records of this run are pending."""
+        return run_id in self._queues

@@ -1,0 +1,59 @@
+"""The application: protocol, JSON API and pages over one store, behind the guard."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+
+from .api import Api
+from .guard import Guard
+from .pages import Pages
+from .protocol import Protocol
+from .store import Store
+
+logger = logging.getLogger("waxell_workers.server")
+
+HERE = Path(__file__).parent
+
+
+def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback: bool = True) -> Starlette:
+    """Make the ASGI application.
+
+    Args:
+        store: where runs are kept; the caller closes it.
+        api_key: the key that clients must send as `X-Wax-Key`; empty for none.
+        ingest: offer the ingest endpoint; without it clients use the platform's REST protocol.
+        loopback: answer only requests addressed to this machine's loopback (against DNS rebinding).
+    """
+    pages = Pages(store, api_key_needed=bool(api_key))
+
+    async def failed(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        detail = error.detail if isinstance(error, HTTPException) else "internal error"
+        headers = error.headers if isinstance(error, HTTPException) else None
+        if isinstance(error, sqlite3.Error):  # a full disk, a locked file: worth another try later
+            logger.error("the database refuses: %s", error)
+            status, detail = 503, f"the database refuses: {error}"
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"error": detail}, status, headers)
+        return pages.error(request, status, detail)
+
+    return Starlette(
+        routes=[
+            *Protocol(store, ingest=ingest).routes(),
+            *Api(store).routes(),
+            *pages.routes(),
+            Mount("/static", StaticFiles(directory=HERE / "static"), name="static"),
+        ],
+        middleware=[Middleware(Guard, api_key=api_key, loopback=loopback)],
+        exception_handlers={HTTPException: failed, sqlite3.Error: failed, Exception: failed},
+    )

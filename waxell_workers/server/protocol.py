@@ -1,0 +1,101 @@
+"""The platform's HTTP protocol, as far as runs go, and our ingest beside it.
+
+Paths, fields and replies are those that the public client waxell-observe 0.1.10 sends and reads. It sends no
+times and no ids: arrival counts. Our own client adds both, in `metadata.waxell`, `result.waxell` and
+`waxell.*` attributes of spans, and is believed. Policies are not kept here: every check allows.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from . import rest
+from .body import parse_object, receive, unpack
+from .ingest import ingest
+from .store import Store
+
+PREFIX = "/api/v1/observe"
+INGEST_PATH = f"{PREFIX}/ingest/"
+
+Reply = dict[str, Any]
+
+
+class Protocol:
+    """The endpoints that clients send to."""
+
+    def __init__(self, store: Store, *, ingest: bool) -> None:
+        self._store = store
+        self._ingest = ingest
+
+    def routes(self) -> list[Route]:
+        """Return the routes; the one for ingest only if it is offered."""
+        run = PREFIX + "/runs/{run_id}"
+        routes = [
+            Route(f"{PREFIX}/config/", self.config, methods=["GET"]),
+            Route(f"{PREFIX}/runs/start/", self.start, methods=["POST"]),
+            Route(f"{run}/llm-calls/", self._of_run(rest.add_calls), methods=["POST"]),
+            Route(f"{run}/steps/", self._of_run(rest.add_steps), methods=["POST"]),
+            Route(f"{run}/spans/", self._of_run(rest.add_spans), methods=["POST"]),
+            Route(f"{run}/scores/", self._of_run(rest.add_scores), methods=["POST"]),
+            Route(f"{run}/complete/", self._of_run(rest.complete), methods=["POST"]),
+            Route(f"{PREFIX}/policy-check/", self.policy_check, methods=["POST"]),
+            Route(f"{PREFIX}/policy-manifest/", self.policy_manifest, methods=["GET"]),
+        ]
+        if self._ingest:
+            routes.append(Route(INGEST_PATH, self.ingest, methods=["POST"]))
+        return routes
+
+    async def config(self, _: Request) -> JSONResponse:
+        """Answer what a client asks once: no OTLP here, and where ingest is, relative to the API's URL."""
+        reply = {"otel_endpoint": "", "tenant_id": "local", "tenant_slug": "local"}
+        return JSONResponse(reply | ({"ingest_endpoint": INGEST_PATH} if self._ingest else {}))
+
+    async def start(self, request: Request) -> JSONResponse:
+        """Start a run, and give it an id: the client's own, if it sent one."""
+        body = await receive(request)
+
+        def work() -> Reply:
+            return rest.start(self._store, parse_object(body), time.time(), uuid.uuid4().hex)
+
+        return JSONResponse(await run_in_threadpool(work))
+
+    async def ingest(self, request: Request) -> JSONResponse:
+        """Take a batch of journal records."""
+        body = await receive(request)
+        encoding = request.headers.get("content-encoding", "")
+        return JSONResponse(await run_in_threadpool(lambda: ingest(self._store, unpack(body, encoding))))
+
+    async def policy_check(self, request: Request) -> JSONResponse:
+        """Allow."""
+        parse_object(await receive(request))
+        return JSONResponse({"action": "allow", "reason": "", "metadata": {}, "evaluations": []})
+
+    async def policy_manifest(self, _: Request) -> JSONResponse:
+        """Answer that there are no policies."""
+        manifest: Reply = {"manifest_version": "local", "ttl_seconds": 3600}
+        return JSONResponse(manifest | {"checkpoints": [], "surfaces": {}, "policies": []})
+
+    def _of_run(self, action: Callable[[rest.RunRequest], Reply]) -> Callable[[Request], Any]:
+        async def endpoint(request: Request) -> JSONResponse:
+            body = await receive(request)
+            run_id: str = request.path_params["run_id"]
+
+            def work() -> Reply:
+                sent = parse_object(body)
+                with self._store.write() as writer:
+                    if not writer.exists(run_id):
+                        raise HTTPException(404, "no such run")
+                    return action(rest.RunRequest(writer, run_id, sent, time.time()))
+
+            return JSONResponse(await run_in_threadpool(work))
+
+        return endpoint

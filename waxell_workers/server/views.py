@@ -1,0 +1,122 @@
+"""How values look on a page: times, durations, money, counts, JSON. Pure functions, template filters."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from typing import Any
+
+from .model import RUNNING
+
+ABSENT = "\N{EN DASH}"
+
+_STATUS_CLASS = {
+    RUNNING: "running",
+    "success": "good",
+    "ok": "good",
+    "error": "bad",
+    "killed": "dead",
+    "retry": "warn",
+    "interrupted": "warn",
+}
+_FACTS = (
+    "task_id",
+    "attempt",
+    "queue",
+    "worker",
+    "framework",
+    "pid",
+    "host",
+    "wait_s",
+    "enqueued_at",
+    "eta",
+    "redelivered",
+)
+"""Metadata of a task in the order in which a person asks for it; everything else follows by name."""
+
+
+def status_class(status: str) -> str:
+    """Return the CSS class of a status; `other` for what has none."""
+    return _STATUS_CLASS.get(status, "other")
+
+
+def duration(value_ms: float | None) -> str:
+    """Write milliseconds in the unit that reads best."""
+    if value_ms is None:
+        return ABSENT
+    if value_ms < 0.95:
+        return f"{value_ms:.2f} ms"
+    if value_ms < 999.5:
+        return f"{value_ms:.0f} ms"
+    if value_ms < 59_950:
+        return f"{value_ms / 1000:.1f} s"
+    seconds = round(value_ms / 1000)
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def cost(value_usd: float | None) -> str:
+    """Write US dollars with as many digits as say something."""
+    if value_usd is None:
+        return ABSENT
+    if value_usd == 0:
+        return "$0"
+    if value_usd < 0.000_001:
+        return "< $0.000001"
+    digits = 2 if value_usd >= 1 else 4 if value_usd >= 0.01 else 6
+    return f"${value_usd:,.{digits}f}"
+
+
+def count(value: int) -> str:
+    """Write a whole number with a thin space between thousands."""
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def ago(moment: str, now: datetime | None = None) -> str:
+    """Write how long ago an ISO 8601 time was."""
+    elapsed = ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(moment)).total_seconds()
+    if elapsed < -60:
+        return "in the future"
+    if elapsed < 5:
+        return "just now"
+    for unit, seconds, until in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86_400), ("d", 86_400, 1e12)):
+        if elapsed < until:
+            return f"{int(elapsed // seconds)} {unit} ago"
+    return absolute(moment)
+
+
+def absolute(moment: str) -> str:
+    """Write an ISO 8601 time for people, in UTC."""
+    return f"{moment[:10]} {moment[11:19]} UTC"
+
+
+def shorten(text: str, length: int = 160) -> str:
+    """Return the first line of a text, cut at `length` characters, visibly."""
+    line = text.strip().split("\n", 1)[0].strip()
+    return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
+def as_text(value: Any) -> str:
+    """Write a value for people: a string as it is, anything else as indented JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def facts(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return metadata in reading order: the task's own facts, then the rest by name; none that is empty."""
+    known = [name for name in _FACTS if name in metadata]
+    names = known + sorted(set(metadata) - set(known))
+    return [(name, metadata[name]) for name in names if metadata[name] not in (None, "", [], {})]
+
+
+FILTERS = {
+    "status_class": status_class,
+    "duration": duration,
+    "cost": cost,
+    "count": count,
+    "ago": ago,
+    "absolute": absolute,
+    "shorten": shorten,
+    "as_text": as_text,
+    "facts": facts,
+}

@@ -1,0 +1,269 @@
+"""The writes of one transaction: runs, their calls, steps, spans and scores, in whatever order they come.
+
+A run that is not known yet gets a placeholder, which its start fills in later. The first end of a run counts.
+Nothing here commits: `Store.write` does, or takes everything back.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass, field
+from typing import Any
+
+from .model import LATEST, RUNNING
+from .values import amount, dumps, integer, loads, moment, text
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the start of a run tells."""
+
+    agent_name: str
+    workflow_name: str
+    started_at: float
+    source: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    session_id: str = ""
+    user_id: str = ""
+    trace_id: str = ""
+    task_id: str = ""
+    parent_run_id: str = ""
+    root_run_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What the end of a run tells."""
+
+    status: str
+    ended_at: float
+    duration_ms: float | None = None
+    error: str = ""
+    traceback: str = ""
+    result: Any = None
+    trace_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallMade:
+    """One call of a model."""
+
+    model: str
+    started_at: float
+    call_id: str = ""
+    response_model: str = ""
+    provider: str = ""
+    operation: str = ""
+    status: str = "ok"
+    error: str = ""
+    duration_ms: float | None = None
+    ttft_ms: float | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    tokens_cached: int = 0
+    tokens_reasoning: int = 0
+    cost_usd: float | None = None
+    prompt: str = ""
+    response: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Writer:
+    """Writes to one connection, inside a transaction that somebody else ends."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+        self.runs_added = 0
+
+    def exists(self, run_id: str) -> bool:
+        """Tell whether anything of this run has been stored."""
+        return self._db.execute("SELECT 1 FROM runs WHERE run_id = ?", (run_id,)).fetchone() is not None
+
+    def place(self, run_id: str, at: float, source: str) -> None:
+        """Make sure that there is a row for this run; one without a start is a placeholder."""
+        added = self._db.execute(
+            "INSERT OR IGNORE INTO runs (run_id, started_at, source) VALUES (?, ?, ?)", (run_id, at, source)
+        )
+        self.runs_added += added.rowcount
+
+    def start(self, run_id: str, start: Start) -> bool:
+        """Store the start of a run; return False, and change nothing, if it is known already."""
+        self.place(run_id, start.started_at, start.source)
+        row = self._db.execute("SELECT known, metadata FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        if row["known"]:
+            return False
+        metadata = start.metadata | loads(row["metadata"])  # an update that came before its start is newer
+        if start.task_id:
+            metadata.setdefault("task_id", start.task_id)
+        self._db.execute(
+            "UPDATE runs SET known = 1, agent_name = ?, workflow_name = ?, started_at = ?, source = ?,"
+            " inputs = ?, metadata = ?, session_id = ?, user_id = ?, task_id = ?, parent_run_id = ?,"
+            " root_run_id = ?, trace_id = coalesce(nullif(trace_id, ''), ?) WHERE run_id = ?",
+            (
+                start.agent_name,
+                start.workflow_name,
+                start.started_at,
+                start.source,
+                dumps(start.inputs),
+                dumps(metadata),
+                start.session_id,
+                start.user_id,
+                _task_id(metadata),
+                start.parent_run_id,
+                start.root_run_id,
+                start.trace_id,
+                run_id,
+            ),
+        )
+        return True
+
+    def end(self, run_id: str, end: End) -> bool:
+        """Store the end of a run; return False, and change nothing, if it has ended already."""
+        changed = self._db.execute(
+            "UPDATE runs SET status = ?, ended_at = ?, duration_ms = ?, error = ?, traceback = ?, result = ?,"
+            " trace_id = coalesce(nullif(?, ''), trace_id) WHERE run_id = ? AND status = ?",
+            (
+                end.status,
+                end.ended_at,
+                amount(end.duration_ms),
+                end.error,
+                end.traceback,
+                dumps(end.result),
+                end.trace_id,
+                run_id,
+                RUNNING,
+            ),
+        )
+        return changed.rowcount > 0
+
+    def duration_s(self, run_id: str) -> float:
+        """Return how long a run took, in seconds; 0 while it runs."""
+        row = self._db.execute(
+            "SELECT coalesce(duration_ms / 1000, ended_at - started_at, 0) FROM runs WHERE run_id = ?",
+            (run_id,),
+        ).fetchone()
+        return round(max(float(row[0]), 0.0), 6)
+
+    def update(self, run_id: str, *, tags: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Add tags and metadata to a run; a key that is there gets the new value."""
+        if not tags and not metadata:
+            return
+        row = self._db.execute("SELECT tags, metadata FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        merged = loads(row["metadata"]) | metadata
+        self._db.execute(
+            "UPDATE runs SET tags = ?, metadata = ?, task_id = ? WHERE run_id = ?",
+            (dumps(loads(row["tags"]) | tags), dumps(merged), _task_id(merged), run_id),
+        )
+
+    def call(self, run_id: str, call: CallMade) -> None:
+        """Store a call, and add it to the sums of its run."""
+        tokens_in, tokens_out, cost = integer(call.tokens_in), integer(call.tokens_out), amount(call.cost_usd)
+        row = {
+            "run_id": run_id,
+            "call_id": call.call_id,
+            "model": call.model,
+            "response_model": call.response_model,
+            "provider": call.provider,
+            "operation": call.operation,
+            "status": call.status,
+            "error": call.error,
+            "started_at": call.started_at,
+            "duration_ms": amount(call.duration_ms),
+            "ttft_ms": amount(call.ttft_ms),
+            "tokens_in": tokens_in,
+            "tokens_out": tokens_out,
+            "tokens_cached": integer(call.tokens_cached),
+            "tokens_reasoning": integer(call.tokens_reasoning),
+            "cost_usd": cost,
+            "prompt": call.prompt,
+            "response": call.response,
+            "metadata": dumps(call.metadata),
+        }
+        self._insert("calls", row)
+        self._db.execute(
+            "UPDATE runs SET calls = calls + 1, tokens_in = tokens_in + ?, tokens_out = tokens_out + ?,"
+            " cost_usd = coalesce(cost_usd + ?, cost_usd, ?) WHERE run_id = ?",
+            (tokens_in, tokens_out, cost, cost, run_id),
+        )
+
+    def step(self, run_id: str, *, name: str, output: object, position: int, at: float) -> None:
+        """Store a step."""
+        row = {"name": name, "output": dumps(output), "position": integer(position), "at": at}
+        self._insert("steps", {"run_id": run_id} | row)
+
+    def span(self, run_id: str, row: dict[str, Any]) -> None:
+        """Store a span; `row` has the columns of the table `spans`."""
+        self._insert("spans", {"run_id": run_id} | row)
+
+    def score(
+        self, run_id: str, *, name: str, data_type: str, value: float | str | None, comment: str
+    ) -> None:
+        """Store a score."""
+        row = {"name": name, "data_type": data_type, "value": dumps(value), "comment": comment}
+        self._insert("scores", {"run_id": run_id} | row)
+
+    def match_spans(self, run_id: str) -> None:
+        """Give REST calls the duration, times and provider that only their spans have.
+
+        The protocol links the two by nothing, and they come in separate requests, in either order: the n-th
+        span of a model with these token counts is taken for the n-th call of that model with these counts.
+        """
+        spans = self._db.execute(
+            "SELECT seq, duration_ms, attributes FROM spans WHERE run_id = ? AND NOT matched"
+            " ORDER BY position, seq",
+            (run_id,),
+        ).fetchall()
+        for span in spans:
+            facts = loads(span["attributes"])
+            call = self._db.execute(
+                "SELECT seq FROM calls WHERE run_id = ? AND NOT span AND model = ? AND tokens_in = ?"
+                " AND tokens_out = ? ORDER BY seq LIMIT 1",
+                (
+                    run_id,
+                    text(facts.get("model")),
+                    integer(facts.get("tokens_in")),
+                    integer(facts.get("tokens_out")),
+                ),
+            ).fetchone()
+            if call is not None:
+                self._enrich(call["seq"], span["seq"], facts, span["duration_ms"])
+
+    def seen(self, record_id: str) -> bool:
+        """Tell whether this ingest record was taken before."""
+        return self._db.execute("SELECT 1 FROM records WHERE id = ?", (record_id,)).fetchone() is not None
+
+    def remember(self, record_id: str, run_id: str | None, at: float) -> None:
+        """Note that this ingest record was taken; it is forgotten with its run."""
+        self._db.execute("INSERT INTO records VALUES (?, ?, ?)", (record_id, run_id, at))
+
+    def count(self, **counts: int) -> None:
+        """Add to the counters `accepted` and `duplicates`."""
+        for name, value in counts.items():
+            self._db.execute("UPDATE counters SET value = value + ? WHERE name = ?", (value, name))
+
+    def _insert(self, table: str, row: dict[str, Any]) -> None:
+        names, marks = ", ".join(row), ", ".join("?" * len(row))
+        self._db.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(row.values()))
+
+    def _enrich(self, call: int, span: int, facts: dict[str, Any], duration_ms: float | None) -> None:
+        provider, call_id = text(facts.get("gen_ai.provider.name")), text(facts.get("waxell.call_id"))
+        self._db.execute(
+            "UPDATE calls SET span = 1, duration_ms = ?, ttft_ms = coalesce(ttft_ms, ?), call_id = ?,"
+            " started_at = coalesce(?, started_at), provider = coalesce(nullif(?, ''), provider)"
+            " WHERE seq = ?",
+            (
+                duration_ms,
+                amount(facts.get("gen_ai.server.time_to_first_token_ms")),
+                call_id,
+                moment(facts.get("waxell.started_at"), LATEST),
+                provider,
+                call,
+            ),
+        )
+        self._db.execute("UPDATE spans SET matched = 1 WHERE seq = ?", (span,))
+
+
+def _task_id(metadata: dict[str, Any]) -> str:
+    found = metadata.get("task_id")
+    return found if isinstance(found, str) else ""
