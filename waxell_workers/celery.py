@@ -73,8 +73,9 @@ def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None,
 
 @_connect(signals.task_retry)
 def _will_retry(request: Context, reason: Any = None, **_: Any) -> None:
-    if isinstance(reason, BaseException):
-        _note_error(request, reason)
+    cause = getattr(reason, "exc", None) or reason  # a Retry tells what it was raised for
+    if isinstance(cause, BaseException):
+        _note_error(request, cause)
 
 
 @_connect(signals.task_failure)

@@ -12,7 +12,7 @@ from openai import APIConnectionError, OpenAI
 
 from waxell_workers import options
 
-app = Celery("tickets", broker=os.environ.get("BROKER_URL", "redis://127.0.0.1:6379/0"))
+app = Celery("tasks", broker=os.environ.get("BROKER_URL", "redis://127.0.0.1:6379/0"))
 app.conf.task_ignore_result = True
 app.conf.broker_connection_retry_on_startup = True
 

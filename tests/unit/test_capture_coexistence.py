@@ -229,7 +229,7 @@ class Shapes:
                 client = openai.DefaultHttpxClient(transport=traced_transport(self.tracer))
                 with openai.OpenAI(**self.options, http_client=client) as sync:
                     getattr(self, shape)(sync)
-            assert trace.get_current_span() is task
+            assert trace.get_current_span() is task, shape
 
     async def _async_client_and(self, call: Callable[..., Any]) -> None:
         import openai

@@ -286,7 +286,7 @@ def test_ship_drain_tells_whether_something_remains(run, tmp_path):
     environ = {"WAXELL_API_URL": url, "WAXELL_SPOOL_DIR": str(spool), "WAXELL_SHIPPER": "external"}
     subprocess.run([sys.executable, "-c", RECORD], env={**os.environ, **environ}, check=True, timeout=30)
 
-    refused = ship(environ)
+    refused = ship(environ, "--timeout", "1")
     assert refused.returncode == 1, refused.stderr
     with served(db, port) as (again, _):
         assert again == url
@@ -296,8 +296,8 @@ def test_ship_drain_tells_whether_something_remains(run, tmp_path):
     assert (found["agent_name"], found["status"], found["calls"]) == ("script", "success", 1)
 
 
-def ship(environ):
-    command = [sys.executable, "-m", "waxell_workers.cli.main", "ship", "--drain"]
+def ship(environ, *options):
+    command = [sys.executable, "-m", "waxell_workers.cli.main", "ship", "--drain", *options]
     environ = {**os.environ, **environ}
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90, check=False)
 

@@ -53,7 +53,9 @@ def test_updates_are_folded_in_once_however_often_they_come() -> None:
 
 
 def test_a_users_own_key_of_our_name_does_no_harm() -> None:
-    body = bodies.start(bodies.fold(started(metadata={"waxell": "mine"}), RunUpdated(id="u", at=1, run_id="r")))
+    body = bodies.start(
+        bodies.fold(started(metadata={"waxell": "mine"}), RunUpdated(id="u", at=1, run_id="r"))
+    )
     assert body["metadata"]["waxell"]["run_id"] == "r"
 
 

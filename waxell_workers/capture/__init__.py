@@ -61,9 +61,8 @@ def install(
     _listener = Listener(sink, current_run, capture_content, redact)
     for name in chosen:
         _, instrumentor = SUPPORTED[name]
-        # Both: where a user imports the instrumentor first, that imports the SDK while it is half there itself.
-        when_imported(instrumentor, functools.partial(_instrument, name))
-        when_imported(name, functools.partial(_instrument, name))
+        when_imported(instrumentor, functools.partial(_after_instrumentor, name))
+        when_imported(name, functools.partial(_after_sdk, name))
 
 
 def uninstall() -> None:
@@ -78,14 +77,27 @@ def uninstall() -> None:
             module.release()
 
 
+def _after_sdk(name: str) -> None:
+    """Listen to an SDK that has just been imported."""
+    _, instrumentor = SUPPORTED[name]
+    # An instrumentor that the user imports first imports the SDK while it is half there itself: later, then.
+    if not is_being_imported(instrumentor):
+        _instrument(name)
+
+
+def _after_instrumentor(name: str) -> None:
+    """Listen to an SDK whose instrumentor has just been imported: by the user, or by us on the way."""
+    ours, _ = SUPPORTED[name]
+    if name in sys.modules and not is_being_imported(ours):
+        _instrument(name)
+
+
 def _instrument(name: str) -> None:
-    """Listen to an SDK that has just been imported: this runs inside the import, and must not fail it."""
+    """Let the listener hear an SDK. This runs inside an import of the user's, and must not fail it."""
     listener = _listener
     if listener is None or platform_sdk_is_active():
         return
     ours, instrumentor = SUPPORTED[name]
-    if name not in sys.modules or is_being_imported(instrumentor):
-        return
     try:
         heard = importlib.import_module(ours).listen(listener)
     except ModuleNotFoundError as error:

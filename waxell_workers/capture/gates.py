@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from contextvars import Token
 from typing import Any
 
 from opentelemetry.context import Context, attach, detach, get_current
@@ -178,34 +179,46 @@ def _manager_gate(
     doorway = _Doorway()
 
     def method(*args: Any, **kwargs: Any) -> Any:
-        manager = wrapped(*args, **kwargs)
-        proxy = _AsyncInner if hasattr(manager, "__aenter__") else _Inner
-        return proxy(manager, doorway)
+        return _Inner(wrapped(*args, **kwargs), doorway)
 
-    manager = wrapper(method, instance, args, kwargs)
-    return (_AsyncOuter if hasattr(manager, "__aenter__") else _Outer)(manager, doorway)
+    return _Outer(wrapper(method, instance, args, kwargs), doorway)
 
 
 class _Manager(ObjectProxy):  # type: ignore[type-arg]  # generic for type checkers alone
+    """Entered either way, as wrapt's proxies offer it whatever they stand for."""
+
     def __init__(self, manager: Any, doorway: _Doorway) -> None:
         super().__init__(manager)
         self._self_doorway = doorway
+
+    def __exit__(self, *exc_info: Any) -> Any:
+        return self.__wrapped__.__exit__(*exc_info)
+
+    async def __aexit__(self, *exc_info: Any) -> Any:
+        return await self.__wrapped__.__aexit__(*exc_info)
 
 
 class _Outer(_Manager):
     """What the caller gets: our manager, entered in a context in which no call is open."""
 
     def __enter__(self) -> Any:
-        outside = get_current()
-        self._self_doorway.context = _with_ours(outside)
-        token = attach(_without_open_calls(outside))
+        token = self._enter()
         try:
             return _unmarked(self.__wrapped__.__enter__())
         finally:
             detach(token)
 
-    def __exit__(self, *exc_info: Any) -> Any:
-        return self.__wrapped__.__exit__(*exc_info)
+    async def __aenter__(self) -> Any:
+        token = self._enter()
+        try:
+            return _unmarked(await self.__wrapped__.__aenter__())
+        finally:
+            detach(token)
+
+    def _enter(self) -> Token[Context]:
+        outside = get_current()
+        self._self_doorway.context = _with_ours(outside)
+        return attach(_without_open_calls(outside))
 
 
 class _Inner(_Manager):
@@ -218,34 +231,12 @@ class _Inner(_Manager):
         finally:
             detach(token)
 
-    def __exit__(self, *exc_info: Any) -> Any:
-        return self.__wrapped__.__exit__(*exc_info)
-
-
-class _AsyncOuter(_Manager):
-    async def __aenter__(self) -> Any:
-        outside = get_current()
-        self._self_doorway.context = _with_ours(outside)
-        token = attach(_without_open_calls(outside))
-        try:
-            return _unmarked(await self.__wrapped__.__aenter__())
-        finally:
-            detach(token)
-
-    async def __aexit__(self, *exc_info: Any) -> Any:
-        return await self.__wrapped__.__aexit__(*exc_info)
-
-
-class _AsyncInner(_Manager):
     async def __aenter__(self) -> Any:
         token = attach(self._self_doorway.context)
         try:
             return _unmarked(await self.__wrapped__.__aenter__())
         finally:
             detach(token)
-
-    async def __aexit__(self, *exc_info: Any) -> Any:
-        return await self.__wrapped__.__aexit__(*exc_info)
 
 
 def _unmarked(stream: Any) -> Any:

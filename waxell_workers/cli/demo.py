@@ -23,6 +23,7 @@ import click
 from .extras import require
 
 if TYPE_CHECKING:
+    from .demo_show import Board
     from .demo_stage import Model, Stage
     from .demo_tally import Tally
     from .demo_verdict import Verdict
@@ -87,7 +88,6 @@ def _perform(model: Model, tasks: int, port: int, once: bool, as_json: bool) -> 
             try:
                 with connect(stage.valkey_socket) as tally, server(stage.server_url, api_key="") as source:
                     _watch(children, stage, tally, source, tasks)
-                    stage.stop_worker(STOP_S)
                     ended = len(tally.ends())
                     verdict = judge(ended, tally.attempts(), tally.calls(), seen_runs(source))
             finally:
@@ -113,21 +113,26 @@ def _directory() -> Iterator[Path]:
 
 
 def _watch(children: Children, stage: Stage, tally: Tally, source: ServerSource, tasks: int) -> None:
-    """Show what happens, until Celery has seen the end of every task."""
+    """Show what happens, until Celery has seen the end of every task and the worker is gone."""
     from .demo_show import Board
     from .processes import ChildError
 
     deadline = time.monotonic() + PATIENCE_S * max(1.0, tasks / 60)
     with Board(tasks) as board:
-        while True:
-            ended = len(tally.ends())
-            board.update(ended=ended, attempts=len(tally.attempts()), stats=source.stats())
-            if ended >= tasks:
-                return
+        while (ended := _update(board, tally, source)) < tasks:
             children.check()
             if time.monotonic() > deadline:
                 raise ChildError(f"only {ended} of {tasks} tasks ended in time\n{stage.worker.tail()}")
             time.sleep(LOOK_EVERY_S)
+        stage.stop_worker(STOP_S)
+        _update(board, tally, source)
+
+
+def _update(board: Board, tally: Tally, source: ServerSource) -> int:
+    """Show the figures of this moment; return how many tasks have ended."""
+    ended = len(tally.ends())
+    board.update(ended=ended, attempts=len(tally.attempts()), stats=source.stats())
+    return ended
 
 
 def _show(verdict: Verdict, stage: Stage, seconds: float, as_json: bool) -> None:

@@ -69,10 +69,12 @@ def table(figures: dict[str, Any]) -> None:
         "tokens": f"{figures['tokens_in'] + figures['tokens_out']:,}",
         "cost_usd": f"${figures['cost_usd']:.4f}",
     }
-    result = Table(title="What the server has, against what the tasks noted themselves", title_justify="left")
-    result.add_column("")
-    result.add_column("", justify="right")
+    console = Console()
+    console.print("What the server has, against what the tasks noted themselves:")
+    result = Table(show_header=False)
+    result.add_column()
+    result.add_column(justify="right")
     for name, label in ROWS.items():
         style = ("red" if shown[name] else "green") if name in BAD else ""
         result.add_row(label, str(shown[name]), style=style)
-    Console().print(result)
+    console.print(result)

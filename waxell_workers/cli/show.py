@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from ..server.model import Call, RunDetail, RunSummary
 
 UNKNOWN = "-"
+WIDTH = 160
 COLOURS = {
     "success": "green",
     "ok": "green",
@@ -25,34 +29,41 @@ COLOURS = {
 
 
 def runs_table(runs: Sequence[RunSummary]) -> None:
-    """Print a list of runs on stdout."""
+    """Print a list of runs on stdout; an error stands below the task that raised it."""
+    digits = unique_digits([run["run_id"] for run in runs])
     table = Table(box=None, pad_edge=False)
-    table.add_column("run", no_wrap=True)
+    table.add_column("run", overflow="fold")
     table.add_column("started", no_wrap=True)
-    table.add_column("task", overflow="fold", ratio=3)
+    table.add_column("task", overflow="fold", min_width=16)
     table.add_column("status", no_wrap=True)
     for name in ("time", "calls", "tokens", "cost"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("error", overflow="ellipsis", no_wrap=True, ratio=4)
     for run in runs:
         table.add_row(
-            run["run_id"][:12],
+            run["run_id"][:digits],
             clock(run["started_at"]),
-            escape(run["agent_name"]),
+            escape(run["agent_name"]) + (f"\n[red]{escape(run['error'])}[/]" if run["error"] else ""),
             coloured(run["status"]),
             milliseconds(run["duration_ms"]),
             str(run["calls"]),
             f"{run['tokens_in'] + run['tokens_out']:,}",
             dollars(run["cost_usd"]),
-            escape(run["error"]),
         )
-    Console().print(table)
+    console().print(table)
+
+
+def unique_digits(run_ids: Sequence[str]) -> int:
+    """Return how many digits tell these ids apart, at least 8: `runs show` takes them."""
+    longest = max(map(len, run_ids), default=8)
+    return next(
+        (n for n in range(8, longest) if len({run_id[:n] for run_id in run_ids}) == len(run_ids)), longest
+    )
 
 
 def run_panel(run: RunDetail) -> None:
     """Print one run with its calls on stdout."""
-    console = Console()
-    console.print(f"[bold]{escape(run['agent_name'])}[/]  {coloured(run['status'])}  {run['run_id']}")
+    out = console()
+    out.print(f"[bold]{escape(run['agent_name'])}[/]  {coloured(run['status'])}  {run['run_id']}")
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -65,10 +76,10 @@ def run_panel(run: RunDetail) -> None:
         facts.add_row(escape(str(name)), escape(str(value)))
     if run["error"]:
         facts.add_row("error", escape(run["error"]))
-    console.print(facts)
-    console.print(calls_table(run["calls"]))
+    out.print(facts)
+    out.print(calls_table(run["calls"]))
     if run["traceback"]:
-        console.print(run["traceback"], markup=False, highlight=False)
+        out.print(run["traceback"], markup=False, highlight=False)
 
 
 def calls_table(calls: Sequence[Call]) -> Table:
@@ -95,6 +106,12 @@ def calls_table(calls: Sequence[Call]) -> Table:
     return table
 
 
+def console() -> Console:
+    """Return stdout: as wide as the terminal, and wide enough for every column where there is none."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else WIDTH)
+
+
 def coloured(status: str) -> str:
     """Return a status in its colour, as rich markup."""
     colour = COLOURS.get(status)
@@ -102,8 +119,9 @@ def coloured(status: str) -> str:
 
 
 def clock(started_at: str) -> str:
-    """Return date and time of an ISO 8601 time, to the second."""
-    return started_at[:19].replace("T", " ")
+    """Return the time of day of an ISO 8601 time, in UTC; the date before it unless it is today's."""
+    date, _, time = started_at[:19].partition("T")
+    return time if date == datetime.now(timezone.utc).date().isoformat() else f"{date} {time}"
 
 
 def milliseconds(duration_ms: float | None) -> str:
@@ -115,4 +133,6 @@ def milliseconds(duration_ms: float | None) -> str:
 
 def dollars(cost_usd: float | None) -> str:
     """Write an amount of money; a dash if nobody knows it."""
-    return UNKNOWN if cost_usd is None else f"${cost_usd:.4f}"
+    if cost_usd is None:
+        return UNKNOWN
+    return f"${cost_usd:.4f}" if cost_usd >= 0.01 else f"${cost_usd:.6f}"

@@ -30,6 +30,7 @@ from .runs import Run
 logger = logging.getLogger("waxell_workers")
 
 _LOOK_FOR_SHIPPER_S = 5.0
+_START_EVERY_S = 4.0
 _NEVER = float("-inf")
 
 
@@ -68,6 +69,7 @@ class Collector:
         self._main_pid = 0
         self._looked_at = _NEVER
         self._starts = 0
+        self._start_after = _NEVER
         self._exit_pid = 0
 
     # -- recording -----------------------------------------------------------------------------
@@ -176,8 +178,11 @@ class Collector:
                 return
         except OSError:
             return
-        if self._starts >= launch.MOST_STARTS:
+        now = time.monotonic()
+        if now < self._start_after or self._starts >= launch.MOST_STARTS:
             return
+        # One that was just started has not taken the lock yet.
+        self._start_after = now + _START_EVERY_S * 2**self._starts
         self._starts += 1
         launch.start(self.settings, directory, thread=kind == "thread")
 

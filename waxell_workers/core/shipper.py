@@ -77,7 +77,7 @@ class Shipper:
         self._named_time = False
         self._read_all = False
         self._listener: Listener | None = None
-        self._pending_since = 0.0
+        self._pending_since = time.monotonic()
         self._server = Backoff()
         self._last_attempt = 0.0
         self._tidied_at = time.monotonic()

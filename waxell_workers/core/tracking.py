@@ -24,8 +24,8 @@ from .window import Window
 _RECENT = 50_000
 _REMEMBERED = 2_000
 _LOOK_FOR_DEAD_S = 0.5
-_REASON_GRACE_S = 3.0
-"""How long the supervising process of a dead one, while it lives, has to say why."""
+_REASON_GRACE_S = 8.0
+"""How long a supervising process, while any lives, has to say why another died: Celery looks every 5 s."""
 _LOST_KEPT = 10_000
 
 

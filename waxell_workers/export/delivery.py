@@ -54,6 +54,8 @@ class Delivery:
     ) -> None:
         self.transport = transport
         self.deadline = deadline
+        self.troubled: set[str] = set()
+        """Runs with a request that failed; those that were not even tried are not among them."""
         self._refusals = refusals
         self._governance = governance
         self._lock = threading.Lock()
@@ -128,10 +130,12 @@ class Delivery:
         """Tell whether a record's fate is known."""
         return record_id in self._outcome.acknowledged or record_id in self._outcome.rejected
 
-    def fail(self, reason: str) -> None:
-        """Note why something must be tried again; the first reason stands."""
+    def fail(self, reason: str, run_id: str = "") -> None:
+        """Note why something, of this run or of all, must be tried again; the first reason stands."""
         with self.writing() as outcome:
             outcome.error = outcome.error or reason or "no time left"
+            if run_id:
+                self.troubled.add(run_id)
 
     def pause(self, reason: str) -> None:
         """Note that the destination as a whole refuses us, and stop."""

@@ -100,10 +100,8 @@ class RunDelivery:
             if answer.verdict is Verdict.MISSING:
                 self._forget_remote()
                 answer = self._sequence()
-            if answer.verdict in (Verdict.RETRY, Verdict.MISSING) or (
-                answer.verdict is Verdict.LATE and not self._delivery.stopped
-            ):
-                self._delivery.fail(answer.reason)
+            if answer.verdict in (Verdict.RETRY, Verdict.MISSING):
+                self._delivery.fail(answer.reason, self._run_id)
         except Closed:
             pass  # the deadline has passed: what this thread has just done counts as unknown
 

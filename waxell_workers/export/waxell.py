@@ -61,7 +61,7 @@ class WaxellExporter:
         self._shape: _Shape | None = None
         self._refusals = Refusals()
         self._spans = SpanQueue()
-        self._troubled: frozenset[str] = frozenset()
+        self._troubled: set[str] = set()
         self._warned = False
         self._pid = os.getpid()
 
@@ -94,7 +94,7 @@ class WaxellExporter:
         if self._shape is not None and not delivery.stopped:
             self._run(delivery, self._jobs(delivery, self._shape.ingest_url, runs, asked))
         outcome = delivery.close()
-        self._note(outcome, runs)
+        self._note(outcome, runs, delivery.troubled)
         return outcome
 
     def close(self) -> None:
@@ -174,10 +174,12 @@ class WaxellExporter:
             self._transport = Transport(self._url, self._key, self._parallel)
         return self._transport
 
-    def _note(self, outcome: Outcome, runs: Sequence[RunBatch]) -> None:
+    def _note(self, outcome: Outcome, runs: Sequence[RunBatch], troubled: set[str]) -> None:
         settled = outcome.acknowledged | outcome.rejected.keys()
-        left = [run for run in runs if any(record.id not in settled for record in run.records)]
-        self._troubled = frozenset(run.run.started.run_id for run in left)
+        left = {
+            run.run.started.run_id for run in runs if any(record.id not in settled for record in run.records)
+        }
+        self._troubled = left & (self._troubled | troubled)
         if left and not outcome.error and not outcome.paused:
             outcome.error = "no time left"
         if not left:

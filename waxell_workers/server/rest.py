@@ -56,6 +56,10 @@ def start(store: Store, body: dict[str, Any], at: float, fresh_id: str) -> dict[
     if not is_run_id(run_id):
         run_id = fresh_id
     started_at = moment(ours.pop("started_at", None), LATEST) or at
+    tags, updated = mapping(ours.pop("tags", None)), mapping(ours.pop("metadata", None))
+    ours.pop("client", None)
+    if group := text(body.get("user_group")):
+        metadata["user_group"] = group
     start = Start(
         agent_name=name,
         workflow_name=text(body.get("workflow_name")) or "default",
@@ -71,13 +75,15 @@ def start(store: Store, body: dict[str, Any], at: float, fresh_id: str) -> dict[
         metadata=metadata | ({OURS: ours} if ours else {}),
     )
     with store.write() as writer:
-        if not writer.start(run_id, start):
+        if writer.start(run_id, start):
+            writer.update(run_id, tags=tags, metadata=updated)
+        else:
             writer.count(duplicates=1)
     return {"run_id": run_id, "workflow_id": run_id, "started_at": iso(started_at)}
 
 
 def add_calls(request: RunRequest) -> dict[str, Any]:
-    """Store `calls`; cost is the client's estimate in US dollars."""
+    """Store `calls`; cost is the client's estimate in US dollars, and 0.0 where it knows no price."""
     for call in _objects(request.body, "calls"):
         error = error_line(call.get("error_type"), call.get("error_message"))
         made = CallMade(
@@ -89,7 +95,7 @@ def add_calls(request: RunRequest) -> dict[str, Any]:
             ttft_ms=number(call.get("ttft_ms")),
             tokens_in=integer(call.get("tokens_in")),
             tokens_out=integer(call.get("tokens_out")),
-            cost_usd=number(call.get("cost")),
+            cost_usd=amount(call.get("cost")) or None,
             prompt=text(call.get("prompt_preview")),
             response=text(call.get("response_preview")),
             metadata={"streamed": True} if call.get("is_streaming") is True else {},
@@ -157,6 +163,8 @@ def complete(request: RunRequest) -> dict[str, Any]:
     if isinstance(result, dict):
         result = dict(result)
         ours = mapping(result.pop(OURS, None))
+        if ours and list(result) == ["output"]:  # the protocol wants an object; the task's result is inside
+            result = result["output"]
     error = error_line(body.get("error_type"), body.get("error"))
     stated: list[Any] = [ours.get("state"), body.get("status"), "error" if error else "success"]
     end = End(

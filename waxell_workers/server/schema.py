@@ -75,6 +75,7 @@ CREATE TABLE calls (
     metadata TEXT NOT NULL DEFAULT '{}'
 );
 CREATE INDEX calls_run ON calls (run_id, started_at);
+CREATE INDEX calls_without_span ON calls (run_id, seq) WHERE NOT span;
 
 CREATE TABLE steps (
     seq INTEGER PRIMARY KEY,
@@ -103,6 +104,7 @@ CREATE TABLE spans (
     events TEXT NOT NULL DEFAULT '[]'
 );
 CREATE INDEX spans_run ON spans (run_id, position);
+CREATE INDEX spans_without_call ON spans (run_id, position) WHERE NOT matched;
 
 CREATE TABLE scores (
     seq INTEGER PRIMARY KEY,

@@ -65,7 +65,8 @@ def items(value: object) -> list[Any]:
 
 def error_line(error_type: object, message: object) -> str:
     """Write `Type: message`, or the one of them that there is."""
-    return ": ".join(part for part in (text(error_type), text(message)) if part)
+    parts = dict.fromkeys([text(error_type), text(message)])  # a client without a message repeats the type
+    return ": ".join(part for part in parts if part)
 
 
 def is_run_id(value: object) -> bool:

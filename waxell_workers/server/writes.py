@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .model import LATEST, RUNNING
-from .values import amount, dumps, integer, loads, moment, text
+from .values import amount, dumps, integer, loads, mapping, moment, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +217,8 @@ class Writer:
         for span in spans:
             facts = loads(span["attributes"])
             call = self._db.execute(
-                "SELECT seq FROM calls WHERE run_id = ? AND NOT span AND model = ? AND tokens_in = ?"
-                " AND tokens_out = ? ORDER BY seq LIMIT 1",
+                "SELECT seq, cost_usd, metadata FROM calls WHERE run_id = ? AND NOT span AND model = ?"
+                " AND tokens_in = ? AND tokens_out = ? ORDER BY seq LIMIT 1",
                 (
                     run_id,
                     text(facts.get("model")),
@@ -227,7 +227,8 @@ class Writer:
                 ),
             ).fetchone()
             if call is not None:
-                self._enrich(call["seq"], span["seq"], facts, span["duration_ms"])
+                self._enrich(run_id, call, facts, span["duration_ms"])
+                self._db.execute("UPDATE spans SET matched = 1 WHERE seq = ?", (span["seq"],))
 
     def seen(self, record_id: str) -> bool:
         """Tell whether this ingest record was taken before."""
@@ -246,22 +247,31 @@ class Writer:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
         self._db.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(row.values()))
 
-    def _enrich(self, call: int, span: int, facts: dict[str, Any], duration_ms: float | None) -> None:
-        provider, call_id = text(facts.get("gen_ai.provider.name")), text(facts.get("waxell.call_id"))
-        self._db.execute(
-            "UPDATE calls SET span = 1, duration_ms = ?, ttft_ms = coalesce(ttft_ms, ?), call_id = ?,"
-            " started_at = coalesce(?, started_at), provider = coalesce(nullif(?, ''), provider)"
-            " WHERE seq = ?",
-            (
-                duration_ms,
-                amount(facts.get("gen_ai.server.time_to_first_token_ms")),
-                call_id,
-                moment(facts.get("waxell.started_at"), LATEST),
-                provider,
-                call,
-            ),
-        )
-        self._db.execute("UPDATE spans SET matched = 1 WHERE seq = ?", (span,))
+    def _enrich(
+        self, run_id: str, call: sqlite3.Row, facts: dict[str, Any], duration_ms: float | None
+    ) -> None:
+        metadata = loads(call["metadata"]) | mapping(facts.get("waxell.metadata"))
+        told = {
+            "call_id": text(facts.get("waxell.call_id")),
+            "started_at": moment(facts.get("waxell.started_at"), LATEST),
+            "duration_ms": amount(facts.get("waxell.duration_ms")) or duration_ms,
+            "ttft_ms": amount(facts.get("gen_ai.server.time_to_first_token_ms")),
+            "provider": text(facts.get("gen_ai.provider.name")),
+            "operation": text(facts.get("gen_ai.operation.name")),
+            "response_model": text(facts.get("gen_ai.response.model")),
+            "tokens_cached": integer(facts.get("waxell.tokens_cached")),
+            "tokens_reasoning": integer(facts.get("waxell.tokens_reasoning")),
+            "metadata": dumps(metadata),
+        }
+        known = {name: value for name, value in told.items() if value not in (None, "", 0)} | {"span": 1}
+        cost = amount(facts.get("cost"))
+        if call["cost_usd"] is None and cost is not None:  # the call itself says 0.0 for a price not known
+            known["cost_usd"] = cost
+            self._db.execute(
+                "UPDATE runs SET cost_usd = coalesce(cost_usd, 0) + ? WHERE run_id = ?", (cost, run_id)
+            )
+        names = ", ".join(f"{name} = ?" for name in known)
+        self._db.execute(f"UPDATE calls SET {names} WHERE seq = ?", (*known.values(), call["seq"]))
 
 
 def _task_id(metadata: dict[str, Any]) -> str:
