@@ -6,10 +6,10 @@ Run it:  celery -A tasks worker        (README.md has the rest)
 import os
 from functools import cache
 
-import waxell_workers.celery  # noqa: F401  records every task of this app
 from celery import Celery, chain
 from openai import APIConnectionError, OpenAI
 
+import waxell_workers.celery  # noqa: F401  records every task of this app
 from waxell_workers import options
 
 app = Celery("tasks", broker=os.environ.get("BROKER_URL", "redis://127.0.0.1:6379/0"))

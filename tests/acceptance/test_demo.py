@@ -1,4 +1,4 @@
-"""`waxell-workers demo` as a user runs it: what it counts, what it prints, and that nothing is left behind."""
+"""`waxell-workers demo` as a user runs it: what it counts, what it prints, and that it leaves nothing."""
 
 from __future__ import annotations
 

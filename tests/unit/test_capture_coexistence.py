@@ -86,7 +86,7 @@ def test_one_call_is_one_call(seen: Callable[[str], dict[str, Any]], order: str,
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_users_metrics_are_not_doubled(seen: Callable[[str], dict[str, Any]], order: str) -> None:
-    """As many durations and tokens are measured as without us."""
+    """As many durations and tokens are measured as without us, where providers are process-wide."""
     assert seen("user alone")["metrics"]
     assert seen(order)["metrics"] == seen("user alone")["metrics"]
 
@@ -111,6 +111,7 @@ def test_both_go_on_after_the_other_has_left(seen: Callable[[str], dict[str, Any
 
 
 def main(order: str, base_url: str) -> None:
+    from opentelemetry import metrics, trace
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import InMemoryMetricReader
     from opentelemetry.sdk.trace import TracerProvider
@@ -122,6 +123,8 @@ def main(order: str, base_url: str) -> None:
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     provider, meters = TracerProvider(), MeterProvider([reader])
     provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    metrics.set_meter_provider(meters)
     calls: list[dict[str, Any]] = []
 
     def ours() -> None:

@@ -255,6 +255,57 @@ def test_a_missing_instrumentor_is_said_once(base_url: str) -> None:
     assert 'pip install "waxell-workers[openai]"' in ran.log
 
 
+def test_an_instrumentor_that_fails_does_not_fail_the_import(base_url: str) -> None:
+    """Whatever it raises: the SDK works uncaptured, and a warning says why."""
+    ran = Ran(
+        """
+        class Odd(Exception): pass
+        class Failing:
+            def find_spec(self, name, path=None, target=None):
+                if name == "opentelemetry.util.genai":
+                    raise Odd("defect")
+        install()
+        sys.meta_path.insert(0, Failing())
+        print(call())
+        """,
+        base_url,
+    )
+    assert ran.value == 0
+    assert ran.log.count("WARNING waxell_workers.capture openai is not captured") == 1
+    assert "Odd: defect" in ran.log
+
+
+def test_an_sdk_that_is_built_otherwise_works_uncaptured(base_url: str) -> None:
+    """Where a method is gone that the instrumentor wraps, no call of any other is told by half."""
+    ran = Ran(
+        "import openai; del openai.resources.embeddings.Embeddings.create; install(); print(call())", base_url
+    )
+    assert ran.value == 0
+    assert "openai is not captured: it does not suit its instrumentor (" in ran.log
+
+
+def test_an_interrupt_in_the_middle_of_an_import_is_raised(base_url: str) -> None:
+    """A soft time limit that surfaces while we instrument reaches the task, as it does in any import."""
+    ran = Ran(
+        """
+        from billiard.exceptions import SoftTimeLimitExceeded
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "opentelemetry.util.genai":
+                    sys.meta_path.remove(self)
+                    raise SoftTimeLimitExceeded(1)
+        install()
+        sys.meta_path.insert(0, Interrupting())
+        try:
+            import openai
+        except SoftTimeLimitExceeded:
+            print(1)
+        """,
+        base_url,
+    )
+    assert ran.value == 1
+
+
 @pytest.mark.parametrize("initialized", [True, False])
 def test_the_platforms_own_sdk_goes_before(base_url: str, initialized: bool, tmp_path: Path) -> None:
     """Where `waxell_observe` is initialised capture stays off, then or later, and says so once."""

@@ -211,6 +211,19 @@ def test_a_run_that_the_server_has_forgotten_is_started_again(
     assert state.remote_id == the_run(server).run_id
 
 
+def test_a_run_that_is_started_again_does_not_repeat_what_was_taken(
+    server: FaultyServer, waxell: WaxellExporter
+) -> None:
+    """Given a server that loses the run in between, then the calls that it took are not sent again."""
+    run = batch()
+    server.mode("404", endpoint="steps", times=1)
+    assert export(waxell, run).acknowledged == ids(run)
+    first, second = server.runs.values()
+    assert first.order == ["start", "llm-calls"]
+    assert second.order == ["start", "steps", "spans", "complete"]
+    assert [span["kind"] for span in second.spans] == ["llm", "agent"]
+
+
 def test_a_server_that_forgets_at_once_is_not_asked_forever(
     server: FaultyServer, waxell: WaxellExporter
 ) -> None:
@@ -334,6 +347,17 @@ def test_spans_that_a_healthy_server_cannot_take_do_not_keep_a_run_open(
     assert export(waxell, run).acknowledged == {"r.end"}
     assert waxell.spans_dropped == 2
     assert the_run(server).order == ["start", "llm-calls", "steps", "complete"]
+
+
+def test_an_outage_is_no_reason_to_give_up_spans(server: FaultyServer, waxell: WaxellExporter) -> None:
+    run = batch()
+    server.mode("503", endpoint="spans")
+    for _ in range(6):
+        (run,) = left(export(waxell, run), run)
+    server.mode("healthy")
+    assert export(waxell, run).acknowledged == {"r.end"}
+    assert len(the_run(server).spans) == 2
+    assert waxell.spans_dropped == 0
 
 
 @pytest.mark.parametrize("status", ["404", "422"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 
@@ -19,6 +21,7 @@ from waxell_workers._version import __version__
 from waxell_workers.core.config import Settings
 from waxell_workers.core.exporting import Outcome, RunBatch, RunState
 from waxell_workers.export import waxell as module
+from waxell_workers.export.transport import Transport
 from waxell_workers.export.waxell import WaxellExporter
 
 
@@ -182,7 +185,7 @@ def test_the_users_opentelemetry_does_not_see_our_requests(
     """Checked as instrumentations check it: by the suppressing keys in the context of the request."""
     utils = pytest.importorskip("opentelemetry.instrumentation.utils")
     context = pytest.importorskip("opentelemetry.context")
-    seen: set[tuple[bool, bool, object]] = set()
+    seen: set[tuple[object, ...]] = set()
     handle = httpx.HTTPTransport.handle_request
 
     def spy(self: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
@@ -191,13 +194,15 @@ def test_the_users_opentelemetry_does_not_see_our_requests(
                 utils.is_instrumentation_enabled(),
                 utils.is_http_instrumentation_enabled(),
                 context.get_value("suppress_instrumentation"),
+                context.get_value(context._SUPPRESS_INSTRUMENTATION_KEY),
+                context.get_value(context._SUPPRESS_HTTP_INSTRUMENTATION_KEY),
             )
         )
         return handle(self, request)
 
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", spy)
     export(waxell, batch())
-    assert seen == {(False, False, True)}
+    assert seen == {(False, False, True, True, True)}
     assert utils.is_http_instrumentation_enabled()
 
 
@@ -255,23 +260,40 @@ def test_a_deadline_that_has_passed_sends_nothing(server: FaultyServer, waxell: 
     assert server.requests == []
 
 
-def test_a_late_thread_changes_nothing(server: FaultyServer, waxell: WaxellExporter) -> None:
-    """Given a start that is answered after the deadline, then the run state stays as the shipper saved it."""
+def test_a_late_thread_changes_nothing(
+    server: FaultyServer, waxell: WaxellExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a good answer that comes after the deadline, then outcome and run state stay as they were."""
+    state = RunState(started())
+    export(waxell, RunBatch(state, [state.started]))
+    kept = copy.copy(state)
+    monkeypatch.setattr(Transport, "abort", lambda self: None)
+    server.mode("trickle", where="headers", interval=0.008)
+    outcome = export(waxell, RunBatch(state, [call()]), timeout_s=0.2)
+    late = [thread for thread in threading.enumerate() if thread.name == "waxell-workers-export"]
+    assert late
+    for thread in late:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert outcome.acknowledged == set()
+    assert state == kept
+
+
+def test_a_slow_answer_leaves_no_thread_behind(server: FaultyServer, waxell: WaxellExporter) -> None:
+    """Given headers that trickle, when the deadline passes, then the threads are free for the next export."""
     export(waxell, batch("first"))
-    run = batch()
-    server.mode("trickle", where="headers", interval=0.02)
-    outcome = export(waxell, run, timeout_s=0.3)
-    assert outcome.acknowledged == set()
-    time.sleep(0.3)
-    assert outcome.acknowledged == set()
-    assert run.run == RunState(started())
+    server.mode("trickle", where="headers", interval=0.05)
+    for _ in range(2):
+        export(waxell, batch(), timeout_s=0.2)
+        ours = [thread for thread in threading.enumerate() if thread.name == "waxell-workers-export"]
+        assert len(ours) == 1
 
 
 def test_a_reply_without_end_is_cut(
     server: FaultyServer, waxell: WaxellExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("waxell_workers.export.transport.REPLY_LIMIT", 10)
-    assert export(waxell, batch()).error == "config: 200, reply too long, no JSON object"
+    assert export(waxell, batch()).error == "config: 200, reply cut, no JSON object"
 
 
 # --- Retry-After, refusals of connections, nothing to do -----------------------------------------------

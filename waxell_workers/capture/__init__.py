@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable
 
+from ..core.content import is_interrupt
 from ..core.errors import ConfigError
 from .calls import Listener, Redactor, Sink
 from .imports import forget, is_being_imported, when_imported
@@ -100,24 +101,20 @@ def _instrument(name: str) -> None:
     ours, instrumentor = SUPPORTED[name]
     try:
         heard = importlib.import_module(ours).listen(listener)
-    except ModuleNotFoundError as error:
-        if error.name is None or not instrumentor.startswith(error.name):
-            _say(name, "%s is not captured: %s", name, error)
+    except Exception as error:  # the instrumentor's code, and the SDK's: anything may come
+        if is_interrupt(error):
+            raise
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{instrumentor}.".startswith(f"{missing}."):
+            _say(name, 'its instrumentor is missing; pip install "waxell-workers[%s]"', name)
         else:
-            _say(
-                name,
-                '%s is not captured, its instrumentor is missing: pip install "waxell-workers[%s]"',
-                name,
-                name,
-            )
-    except (AttributeError, ImportError, TypeError) as error:
-        _say(name, "%s is not captured: this version does not suit its instrumentor (%s)", name, error)
+            _say(name, "it does not suit its instrumentor (%s: %s)", type(error).__name__, error)
     else:
         if not heard:
-            _say(name, "%s is not captured: its instrumentor does not take this version", name)
+            _say(name, "its instrumentor does not take this version")
 
 
-def _say(name: str, message: str, *arguments: object) -> None:
+def _say(name: str, reason: str, *arguments: object) -> None:
     if name not in _said:
         _said.add(name)
-        _logger.warning(message, *arguments)
+        _logger.warning(f"%s is not captured: {reason}", name, *arguments)

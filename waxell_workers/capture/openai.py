@@ -20,6 +20,7 @@ from opentelemetry._logs import NoOpLoggerProvider
 from opentelemetry.instrumentation.genai.openai import OpenAIInstrumentor
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.util.genai import completion_hook
+from wrapt import FunctionWrapper
 
 from .calls import Listener
 from .gates import gate
@@ -110,7 +111,7 @@ class _Instrumentor(OpenAIInstrumentor):
         proxies = [
             (name, member)
             for name, member in vars(kind).items()
-            if getattr(member, "_self_wrapper", None) in self._gates
+            if issubclass(type(member), FunctionWrapper) and member._self_wrapper in self._gates
         ]
         for name, proxy in proxies:
             setattr(kind, name, _plain(proxy.__wrapped__, proxy._self_wrapper))
@@ -140,7 +141,8 @@ def _classes() -> frozenset[type]:
         member
         for module in modules
         for member in vars(module).values()
-        if isinstance(member, type) and member.__module__.startswith("openai.resources.")
+        # Not `isinstance`: openai 1.26 has stand-ins for absent packages here, which raise when asked.
+        if issubclass(type(member), type) and member.__module__.startswith("openai.resources.")
     )
 
 
@@ -158,7 +160,7 @@ def listen(listener: Listener) -> bool:
         False if the installed version of the SDK is none that the instrumentor takes.
 
     Raises:
-        AttributeError, ImportError, TypeError: the SDK is not built as the instrumentor expects.
+        Exception: of any kind, from the instrumentor: the SDK is not built as it expects.
     """
     # Never waited for: whoever holds it may be waiting for an import lock that this thread holds.
     if not _claim.acquire(blocking=False):

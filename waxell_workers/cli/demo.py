@@ -65,7 +65,8 @@ def demo(
     if base_url and not os.environ.get("OPENAI_API_KEY"):
         raise click.UsageError("--base-url needs OPENAI_API_KEY in the environment")
     for number in (signal.SIGTERM, signal.SIGHUP):  # end as by Ctrl-C: everything that was started is ended
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     verdict = _perform(Model(base_url or "", model, embedding_model), tasks, port, once, as_json)
     if not verdict.clean:
         raise SystemExit(1)

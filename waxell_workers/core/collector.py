@@ -31,6 +31,8 @@ logger = logging.getLogger("waxell_workers")
 
 _LOOK_FOR_SHIPPER_S = 5.0
 _START_EVERY_S = 4.0
+_EXIT_MARGIN_S = 0.3
+"""What an exit costs beside the wait itself; the promise is about both."""
 _NEVER = float("-inf")
 
 
@@ -71,6 +73,7 @@ class Collector:
         self._starts = 0
         self._start_after = _NEVER
         self._exit_pid = 0
+        self._recorded_at_stop = -1
 
     # -- recording -----------------------------------------------------------------------------
 
@@ -203,8 +206,18 @@ class Collector:
 
     def _at_exit(self) -> None:
         if self._exit_pid == os.getpid():
-            self.close_open_runs()
-            self.shutdown(self.settings.shutdown_timeout)
+            self.stop()
+
+    def stop(self) -> None:
+        """End what is open and have everything exported, within one `shutdown_timeout` for the whole exit.
+
+        A framework's own exit hook comes first, and `atexit` after it, which then finds nothing to do.
+        """
+        self.close_open_runs()
+        if self._recorded == self._recorded_at_stop:
+            return
+        self._recorded_at_stop = self._recorded
+        self.shutdown(max(0.0, self.settings.shutdown_timeout - _EXIT_MARGIN_S))
 
     # -- flushing ------------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ def lineage(previous: Mapping[str, Any]) -> dict[str, Any]:
     own["root"] = run.root_run_id
     if TRACEPARENT in previous:
         return {HEADER: own}
-    return {HEADER: own, TRACEPARENT: f"00-{run.trace_id}-{run.run_id[-16:]}-01"}
+    return {HEADER: own, TRACEPARENT: f"00-{run.trace_id}-{run.run_id[:16]}-01"}
 
 
 # -- started and ended -------------------------------------------------------------------------
@@ -273,8 +273,7 @@ def worker_stopping() -> None:
     """Have what is there delivered, for at most `shutdown_timeout`, worker and pool together."""
     collector = configured()
     if collector is not None:
-        collector.close_open_runs()
-        collector.shutdown(collector.settings.shutdown_timeout)
+        collector.stop()
 
 
 def _metadata(task: Task, carried: Mapping[str, Any]) -> dict[str, Any]:

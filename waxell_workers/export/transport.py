@@ -178,7 +178,7 @@ def _read(name: str, response: httpx.Response, total: float) -> Answer:
         for chunk in response.iter_bytes():
             content += chunk
             if len(content) > REPLY_LIMIT or time.monotonic() > total:
-                return Answer(verdict, f"{name}: {status}, reply too long", status)
+                return Answer(verdict, f"{name}: {status}, reply cut", status)
     except (httpx.HTTPError, httpx.StreamError) as error:
         # The status line has said that the server took it; whether the text is missed is the caller's matter.
         return Answer(verdict, f"{name}: {status}, {_cause(error)}", status)

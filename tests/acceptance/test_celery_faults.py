@@ -1,0 +1,82 @@
+"""Given a server that refuses, is broken or never answers, then tasks are as fast as ever, the worker stops
+in time, and everything arrives once the server is back."""
+
+from __future__ import annotations
+
+import re
+import statistics
+
+import pytest
+
+from tests.faulty import FaultyServer
+from tests.harness import await_
+
+FAULTS = ["refuse", "503", "hang"]
+ROUNDS = 4
+BATCH = 30
+PROMISED_RATIO = 1.2
+PROMISED_STOP_S = 3.0
+FLUSH_TIMEOUT_S = 2.0
+SUCCEEDED = re.compile(r"succeeded in ([0-9.e-]+)s")
+
+
+@pytest.fixture(params=["ingest", "rest"])
+def faulty(request):
+    with FaultyServer(ingest=request.param == "ingest") as server:
+        yield server
+
+
+def run_batch(worker, done):
+    """Run a batch of tasks; return how many are done now, and how long each took by Celery's own clock."""
+    worker.send_many(BATCH)
+    worker.await_received_results(done + BATCH)
+    return done + BATCH, [float(took) for took in SUCCEEDED.findall(worker.text)[done:]]
+
+
+def assert_all_arrive(faulty, expected):
+    assert faulty.wait_until(lambda: sum(bool(run.state) for run in faulty.runs.values()) >= expected, 90)
+    assert len(faulty.runs) == expected
+    assert len(faulty.calls) == expected
+    assert faulty.violations == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tasks_do_not_notice_and_nothing_is_lost(make_worker, faulty, fault):
+    """Median task time with a sick server is at most 1.2 x the healthy one, in paired batches."""
+    worker = make_worker(faulty.url, WAXELL_FLUSH_INTERVAL="0.5")
+    worker.start("--pool", "prefork", "--concurrency", "2")
+    done, _ = run_batch(worker, 0)  # connections, imports
+    ratios = []
+    for number in range(ROUNDS):
+        times = {}
+        for mode in ("healthy", fault) if number % 2 else (fault, "healthy"):
+            faulty.mode(mode)
+            done, times[mode] = run_batch(worker, done)
+        ratios.append(statistics.median(times[fault]) / statistics.median(times["healthy"]))
+    print(f"{fault}: {[round(ratio, 2) for ratio in ratios]}")
+    assert fault == "refuse" or faulty.fired[fault] > 0, "the fault did not fire"
+    assert statistics.median(ratios) <= PROMISED_RATIO, ratios
+    faulty.mode("healthy")
+    assert_all_arrive(faulty, done)
+
+
+@pytest.mark.parametrize("policy", ["periodic", "task"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_worker_stops_in_time_and_everything_arrives_later(make_worker, faulty, fault, policy):
+    """With a sick server, SIGTERM ends the worker at most 3 s later than with a healthy one.
+
+    Under `task`, the tasks that are still flushing are the worker's own work: they have their 2 s.
+    """
+    seconds = {}
+    worker = make_worker(faulty.url, WAXELL_FLUSH_INTERVAL="0.5", WAXELL_FLUSH=policy)
+    for mode in ("healthy", fault):
+        faulty.mode(mode)
+        worker.start("--pool", "prefork", "--concurrency", "2")
+        worker.send_many(4)
+        worker.await_received_results(4)
+        seconds[mode] = worker.terminate()
+    own_work_s = FLUSH_TIMEOUT_S if policy == "task" else 0.0
+    assert seconds[fault] <= seconds["healthy"] + own_work_s + PROMISED_STOP_S, seconds
+    faulty.mode("healthy")
+    await_(lambda: len(faulty.runs) >= 8, "eight runs")
+    assert_all_arrive(faulty, 8)
