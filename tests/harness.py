@@ -30,6 +30,8 @@ APP = ROOT / "integrations" / "celery"
 START_S = 60.0
 """The longest that a process may take to start, on a busy machine."""
 DELIVERY_S = 60.0
+WORK_S = 150.0
+"""The longest that a batch of tasks may take."""
 RABBITMQ = ("127.0.0.1", 5672)
 
 
@@ -192,7 +194,7 @@ class Worker:
 
     def await_received_results(self, count: int) -> None:
         """Wait until the worker says of `count` tasks that they have succeeded."""
-        self.await_log("] succeeded in ", count)
+        self.await_log("] succeeded in ", count, WORK_S)
 
     def send(self, task: str, *arguments: Any, **options: Any) -> str:
         """Enqueue a task of the scenarios and return its id."""

@@ -66,9 +66,8 @@ def _enqueued(headers: dict[str, Any] | None = None, **_: Any) -> None:
 def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None, **_: Any) -> None:
     request = task.request
     attempt = tasks.prepare(_describe(task_id, task, request, args, kwargs), _options(task))
-    if attempt is not None:
-        setattr(request, _ATTEMPT, attempt)
-        tasks.begin(attempt)
+    setattr(request, _ATTEMPT, attempt)
+    tasks.begin(attempt)
 
 
 @_connect(signals.task_retry)

@@ -268,8 +268,8 @@ def test_a_late_thread_changes_nothing(
     export(waxell, RunBatch(state, [state.started]))
     kept = copy.copy(state)
     monkeypatch.setattr(Transport, "abort", lambda self: None)
-    server.mode("trickle", where="headers", interval=0.008)
-    outcome = export(waxell, RunBatch(state, [call()]), timeout_s=0.2)
+    server.mode("trickle", where="headers", interval=0.01)
+    outcome = export(waxell, RunBatch(state, [call(cost_usd=0.1)]), timeout_s=0.2)
     late = [thread for thread in threading.enumerate() if thread.name == "waxell-workers-export"]
     assert late
     for thread in late:

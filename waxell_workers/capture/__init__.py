@@ -74,7 +74,7 @@ def uninstall() -> None:
         forget(name)
         forget(instrumentor)
         module = sys.modules.get(ours)
-        if module is not None:
+        if module is not None and not is_being_imported(ours):
             module.release()
 
 

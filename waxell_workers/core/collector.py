@@ -25,7 +25,7 @@ from .ids import new_id
 from .journal import Journal
 from .liveness import ship_lock
 from .records import LLMCall, RunEnded, RunStarted, RunUpdated, Step, TaskLost
-from .runs import Run
+from .runs import MUTED, Run
 
 logger = logging.getLogger("waxell_workers")
 
@@ -104,8 +104,10 @@ class Collector:
         return True
 
     def record_call(self, **fields: Any) -> None:
-        """Write an `LLMCall`, its texts redacted."""
+        """Write an `LLMCall`, its texts redacted; nothing for a call of a muted run."""
         settings = self.settings
+        if fields.get("run_id") == MUTED:
+            return
         if settings.redact is not None:
             for name in ("prompt", "response", "error_message"):
                 if fields.get(name):

@@ -20,6 +20,9 @@ from .records import RunEnded, RunStarted, RunUpdated, Step
 if TYPE_CHECKING:
     from .collector import Collector
 
+MUTED = "muted"
+"""The id of every run that is not recorded: what happens inside it is not recorded either."""
+
 _current: ContextVar[Run | None] = ContextVar("waxell_run", default=None)
 
 
@@ -29,7 +32,10 @@ def get_context() -> Run | None:
 
 
 class Run:
-    """One open run of this process. Adapters open it; `WaxellContext` is the same with `with`."""
+    """One open run of this process. Adapters open it; `WaxellContext` is the same with `with`.
+
+    Without a collector the run is muted: it can be used like any other, and leaves no record.
+    """
 
     def __init__(
         self,
@@ -48,7 +54,7 @@ class Run:
         task_id: str = "",
     ) -> None:
         self._collector = collector
-        self.run_id = new_id()
+        self.run_id = new_id() if collector is not None else MUTED
         self.agent_name = agent_name
         self.workflow_name = workflow_name
         self.task_id = task_id
@@ -71,10 +77,15 @@ class Run:
         """True between start and end, in the process that started the run."""
         return self._pid == os.getpid()
 
+    @property
+    def is_muted(self) -> bool:
+        """True for a run that is not recorded."""
+        return self._collector is None
+
     def start(self) -> None:
         """Write that the run has begun. Its id exists before, so that an interrupt cannot orphan it."""
         outer = _current.get()
-        if self.parent_run_id is None and outer is not None:
+        if self.parent_run_id is None and outer is not None and not outer.is_muted:
             self.parent_run_id = outer.run_id
             self.root_run_id = self.root_run_id or outer.root_run_id
             self.trace_id = self.trace_id or outer.trace_id
@@ -267,10 +278,11 @@ class WaxellContext(Run):
         user_group: str | None = None,
         parent_run_id: str | None = None,
     ) -> None:
-        from . import collector
+        from .collector import current
 
+        collector = current()
         super().__init__(
-            collector.current(),
+            None if collector.excluded(agent_name) else collector,
             agent_name,
             workflow_name,
             inputs,

@@ -340,7 +340,8 @@ class Shipper:
                 os.close(descriptor)
         except OSError as error:
             logger.error("a rejected record could not be kept: %s", error)
-        logger.warning("the server rejected a record (%s); it is in %s", reason, path)
+        # The reason may be the server's own text, which may quote content: it stays in the file.
+        logger.warning("the server rejected a record (%s); it is in %s", record.id, path)
 
     # -- flush requests ------------------------------------------------------------------------
 

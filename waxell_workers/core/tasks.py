@@ -126,7 +126,7 @@ def lineage(previous: Mapping[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = dict(carried) if isinstance(carried, Mapping) else {}
     own["enqueued_at"] = time.time()
     run = get_context()
-    if run is None or "parent" in own:
+    if run is None or run.is_muted or "parent" in own:
         return {HEADER: own}
     own["parent"] = run.run_id
     own["root"] = run.root_run_id
@@ -152,44 +152,33 @@ class Attempt:
     slot: int | None
 
 
-def task_started(task: Task, marked: Options) -> Attempt | None:
-    """Open a run for an attempt and make it current; None if this task is not recorded.
+def prepare(task: Task, marked: Options) -> Attempt:
+    """Make an attempt without beginning it.
 
-    The caller must keep the attempt where the end will find it.
+    The caller puts it where the end will find it, then calls `begin`: an interrupt may surface at any
+    instruction, and must not leave a run that nobody can close. A task that is not recorded gets a muted run.
     """
-    attempt = prepare(task, marked)
-    if attempt is not None:
-        begin(attempt)
-    return attempt
-
-
-def prepare(task: Task, marked: Options) -> Attempt | None:
-    """Make the attempt without opening it, so that it can stand on the task before anything is written."""
     collector = current()
-    name = marked.agent_name or collector.settings.agent_name or task.name
-    if not collector.active or not marked.record or collector.excluded(task.name):
-        return None
+    settings = collector.settings
+    name = marked.agent_name or settings.agent_name or task.name
+    slot = None if task.nested else threading.get_ident()
+    if not settings.observe or not marked.record or collector.excluded(task.name):
+        return Attempt(Run(None, name, task.framework), collector, "periodic", 0.0, slot)
     carried = task.message.get(HEADER)
     own = carried if isinstance(carried, Mapping) else {}
     run = Run(
         collector,
         name,
         task.framework,
-        inputs=task.inputs() if task.inputs is not None and collector.settings.capture_content else None,
+        inputs=task.inputs() if task.inputs is not None and settings.capture_content else None,
         metadata=_metadata(task, own),
         parent_run_id=_text(own.get("parent")),
         root_run_id=_text(own.get("root")),
         trace_id=_trace_id(task.message.get(TRACEPARENT)),
         task_id=task.task_id,
     )
-    settings = collector.settings
-    return Attempt(
-        run,
-        collector,
-        marked.flush or settings.flush,
-        settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout,
-        None if task.nested else threading.get_ident(),
-    )
+    timeout = settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout
+    return Attempt(run, collector, marked.flush or settings.flush, timeout, slot)
 
 
 def begin(attempt: Attempt) -> None:
@@ -215,7 +204,7 @@ def task_ended(
     """Close an attempt's run and, under the `task` policy, wait until it is at the server.
 
     Args:
-        attempt: what `task_started` returned.
+        attempt: what `prepare` returned.
         state: one of `records.STATES`.
         time_left_s: seconds until the framework would kill this process, if it would.
         error: the error's fields, as `Run.end` takes them.
