@@ -10,7 +10,7 @@ from .core import collector as collecting
 from .core.collector import Collector, Stats, configure, current
 from .core.config import Redactor, resolve
 from .core.flush import FlushResult
-from .core.runs import get_context, record_call_in_current
+from .core.runs import current_run_id, record_call
 
 
 def init(
@@ -103,15 +103,16 @@ def record_llm_call(
     Raises:
         TypeError: a field that a call does not have.
     """
-    record_call_in_current(
+    record_call(
         current(),
+        current_run_id(),
         model=model,
         tokens_in=tokens_in,
         tokens_out=tokens_out,
-        cost_usd=cost,
-        operation=task,
-        prompt=prompt_preview,
-        response=response_preview,
+        cost=cost,
+        task=task,
+        prompt_preview=prompt_preview,
+        response_preview=response_preview,
         **fields,
     )
 
@@ -124,14 +125,9 @@ def _listen(collector: Collector) -> None:
         collector.record_call,
         names=settings.capture,
         capture_content=settings.capture_content,
-        redact=None,  # the collector applies it to whatever it records
-        current_run=_current_run_id,
+        redact=settings.redact,
+        current_run=current_run_id,
     )
-
-
-def _current_run_id() -> str:
-    run = get_context()
-    return run.run_id if run is not None else ""
 
 
 collecting.when_configured = _listen

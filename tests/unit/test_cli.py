@@ -377,11 +377,11 @@ def test_children_are_ended_with_what_they_started_even_if_they_refuse(tmp_path)
     """A child that ignores SIGTERM, and its own child, are gone after the block."""
     deaf = (
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); "
-        "print('up', os.getpid(), flush=True); time.sleep(60)"
+        "os.write(1, b'up %d\\n' % os.getpid()); time.sleep(60)"
     )
     with Children(tmp_path) as children:
         child = children.start("deaf", python(deaf), os.environ)
-        child.wait_for(lambda: child.tail().count("up") == 2, "both", timeout_s=10)
+        child.wait_for(lambda: child.log.read_bytes().count(b"\n") == 2, "both", timeout_s=10)
         pids = [int(line.split()[1]) for line in child.tail().splitlines()]
         child.stop(timeout_s=0.1)
     deadline = time.monotonic() + 5

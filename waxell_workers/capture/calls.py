@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.content import is_interrupt
+from ..core.config import Redactor
+from ..core.content import redact_text
 from . import semconv
 
 CONTENT_CHARACTERS = 10_000
 """Prompts and responses are cut after so many characters."""
 ERROR_CHARACTERS = 500
 """The text of an error is cut after so many characters."""
-REDACTION_FAILED = "[redaction failed]"
-"""Stands where a text would, whose redactor failed."""
 
 _HTTP_STATUS = re.compile(r"Error code: \d{3}\b")
 _HARMLESS = frozenset({"Connection error.", "Request timed out."})
 """Messages that are constants of the SDK (`openai._exceptions`): they quote nothing."""
 
 Sink = Callable[..., None]
-Redactor = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def error_text(listener: Listener, message: str) -> str:
     """Return an error's text by the content rules, cut after `ERROR_CHARACTERS`."""
     if not listener.capture_content:
         return harmless_message(message)
-    return _redacted(listener.redact, message)[:ERROR_CHARACTERS]
+    return redact_text(listener.redact, message)[:ERROR_CHARACTERS]
 
 
 def content_fields(listener: Listener, inputs: Iterable[Any], outputs: Iterable[Any]) -> dict[str, str]:
@@ -105,21 +103,9 @@ def content_fields(listener: Listener, inputs: Iterable[Any], outputs: Iterable[
     """
     asked = [_text([message]) for message in inputs if message.role == "user"]
     texts = {"prompt": asked[-1] if asked else "", "response": _text(outputs)}
-    return {name: _redacted(listener.redact, text)[:CONTENT_CHARACTERS] for name, text in texts.items()}
+    return {name: redact_text(listener.redact, text)[:CONTENT_CHARACTERS] for name, text in texts.items()}
 
 
 def _text(messages: Iterable[Any]) -> str:
     parts = [part for message in messages for part in message.parts if part.type == "text"]
     return "\n".join(part.content for part in parts if isinstance(part.content, str))
-
-
-def _redacted(redact: Redactor | None, text: str) -> str:
-    if redact is None or not text:
-        return text
-    try:
-        clean = redact(text)
-    except Exception as error:  # the user's code: anything may come
-        if is_interrupt(error):
-            raise
-        return REDACTION_FAILED
-    return clean if isinstance(clean, str) else REDACTION_FAILED

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import content, launch
+from . import launch
 from .config import Settings, resolve
 from .encoding import encode
 from .errors import ConfigError
@@ -104,15 +104,9 @@ class Collector:
         return True
 
     def record_call(self, **fields: Any) -> None:
-        """Write an `LLMCall`, its texts redacted; nothing for a call of a muted run."""
-        settings = self.settings
-        if fields.get("run_id") == MUTED:
-            return
-        if settings.redact is not None:
-            for name in ("prompt", "response", "error_message"):
-                if fields.get(name):
-                    fields[name] = content.redacted(settings, fields[name])
-        self.record(LLMCall, **fields)
+        """Write an `LLMCall`, whose texts are redacted already; nothing for a call of a muted run."""
+        if fields.get("run_id") != MUTED:
+            self.record(LLMCall, **fields)
 
     def excluded(self, name: str) -> bool:
         """True if a task or agent of this name is not to be recorded."""

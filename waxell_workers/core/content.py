@@ -11,11 +11,12 @@ import traceback
 from types import TracebackType
 from typing import Any
 
-from .config import Settings
+from .config import Redactor, Settings
 
 _MESSAGE_CHARACTERS = 200
 _FRAMES = 50
-_REDACTION_FAILED = "[redaction failed]"
+REDACTION_FAILED = "[redaction failed]"
+"""Stands where a text would, whose redactor failed."""
 _INTERRUPTING = ("billiard", "celery", "dramatiq", "rq", "gevent", "greenlet")
 
 
@@ -30,22 +31,25 @@ def is_interrupt(error: BaseException) -> bool:
     return any(kind.__module__.split(".", 1)[0] in _INTERRUPTING for kind in type(error).__mro__)
 
 
-def redacted(settings: Settings, value: Any) -> Any:
-    """Return `value` with each text in it passed through the user's `redact`.
+def redact_text(redact: Redactor | None, text: str) -> str:
+    """Return a text as the user's `redact` leaves it; one that fails costs the text, never the task."""
+    if redact is None or not text:
+        return text
+    try:
+        clean = redact(text)
+    except Exception as error:  # the user's code: anything may come, and interrupts must pass
+        if is_interrupt(error):
+            raise
+        return REDACTION_FAILED
+    return clean if isinstance(clean, str) else REDACTION_FAILED
 
-    A redactor that fails costs the text, never the task.
-    """
+
+def redacted(settings: Settings, value: Any) -> Any:
+    """Return `value` with each text in it passed through the user's `redact`."""
     if settings.redact is None:
         return value
     if isinstance(value, str):
-        if not value:
-            return value
-        try:
-            return str(settings.redact(value))
-        except Exception as error:  # the user's code: anything may come, and interrupts must pass
-            if is_interrupt(error):
-                raise
-            return _REDACTION_FAILED
+        return redact_text(settings.redact, value)
     if isinstance(value, dict):
         return {key: redacted(settings, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

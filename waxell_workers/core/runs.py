@@ -211,15 +211,16 @@ class Run:
             TypeError: a field that `LLMCall` does not have.
         """
         if self._collector is not None:
-            self._collector.record_call(
-                run_id=self.run_id,
+            record_call(
+                self._collector,
+                self.run_id,
                 model=model,
                 tokens_in=tokens_in,
                 tokens_out=tokens_out,
-                cost_usd=cost,
-                operation=task,
-                prompt=prompt_preview,
-                response=response_preview,
+                cost=cost,
+                task=task,
+                prompt_preview=prompt_preview,
+                response_preview=response_preview,
                 **fields,
             )
 
@@ -326,7 +327,29 @@ def state_of(error: BaseException | None) -> str:
     return "error" if isinstance(error, Exception) else "interrupted"
 
 
-def record_call_in_current(collector: Collector, **fields: Any) -> None:
-    """Record a call in the run that is current here, or in none."""
+def record_call(
+    collector: Collector,
+    run_id: str,
+    *,
+    cost: float | None = None,
+    task: str = "chat",
+    prompt_preview: str = "",
+    response_preview: str = "",
+    **fields: Any,
+) -> None:
+    """Record a call that a user told us of: the platform's names for its fields, its texts redacted."""
+    redact = collector.settings.redact
+    collector.record_call(
+        run_id=run_id,
+        cost_usd=cost,
+        operation=task,
+        prompt=content.redact_text(redact, prompt_preview),
+        response=content.redact_text(redact, response_preview),
+        **fields,
+    )
+
+
+def current_run_id() -> str:
+    """Return the id of the run that is current here, or an empty string."""
     run = _current.get()
-    collector.record_call(run_id=run.run_id if run is not None else "", **fields)
+    return run.run_id if run is not None else ""
