@@ -10,7 +10,7 @@ from .core import collector as collecting
 from .core.collector import Collector, Stats, configure, current
 from .core.config import Redactor, resolve
 from .core.flush import FlushResult
-from .core.runs import current_run_id, record_call
+from .core.runs import current_run_id, told_call
 
 
 def init(
@@ -80,6 +80,13 @@ def force_flush(timeout: float | None = None) -> FlushResult:
     return current().force_flush(timeout)
 
 
+async def aforce_flush(timeout: float | None = None) -> FlushResult:
+    """Do what `force_flush` does without blocking the event loop."""
+    import asyncio  # not at the top: most workers have no use for it
+
+    return await asyncio.to_thread(force_flush, timeout)
+
+
 def stats() -> Stats:
     """Return what this process has recorded and lost."""
     return current().stats()
@@ -103,16 +110,16 @@ def record_llm_call(
     Raises:
         TypeError: a field that a call does not have.
     """
-    record_call(
+    told_call(
         current(),
         current_run_id(),
-        model=model,
-        tokens_in=tokens_in,
-        tokens_out=tokens_out,
-        cost=cost,
-        task=task,
-        prompt_preview=prompt_preview,
-        response_preview=response_preview,
+        model,
+        tokens_in,
+        tokens_out,
+        cost,
+        task,
+        prompt_preview,
+        response_preview,
         **fields,
     )
 

@@ -1,8 +1,9 @@
 """What three tracers deliver of a Celery worker's LLM calls, by how the worker or the task ends.
 
-`make losses` runs it, in about ten minutes. Each trial has a real worker of its own on the embedded Valkey, the
-tasks of `losses_app` and the stand-in model. A call counts as delivered when another process has it: for
-waxell-workers the local server, for the others an HTTP server in this process, to which their exporters POST.
+`make losses` runs it, in about ten minutes. Each trial has a real worker of its own on the embedded Valkey,
+the tasks of `losses_app` and the stand-in model. A call counts as delivered when a process outside the worker
+has it: for waxell-workers the local server, for the others an HTTP server in this process, to which their
+exporters POST.
 Nothing here fails for a number: it prints what it found, and exits 1 only if a trial could not be made.
 """
 
@@ -70,7 +71,7 @@ class Trial:
     work_s: float = 0.0
 
     def work(self, *arguments: str) -> None:
-        """Have the worker do all tasks, which wait for it; return as soon as it says that the last is done."""
+        """Have the worker do all tasks, which wait for it; return when it says that the last is done."""
         self.markers = list(self.worker.send_many(TASKS).values())
         self.worker.start(*POOLS[self.pool], *arguments)
         began = time.monotonic()
@@ -273,10 +274,10 @@ def print_table(about: Mapping[str, object], results: Sequence[Result], ends: Se
     rows = [("tracer, pool", *ends, f"{TASKS} tasks took")]
     for tracer, pool in dict.fromkeys((result.tracer, result.pool) for result in results):
         found = {each.end: each for each in results if (each.tracer, each.pool) == (tracer, pool)}
-        cells = (f"{found[end].delivered} of {found[end].calls}" if end in found else "–" for end in ends)
+        cells = (f"{found[end].delivered} of {found[end].calls}" if end in found else "-" for end in ends)
         # with recycling, most of it is the wait for new pool processes
         took = [each.work_s for each in found.values() if each.work_s and each.end != "recycled"]
-        rows.append((f"{tracer}, {pool}", *cells, f"{min(took):.1f}–{max(took):.1f} s" if took else "–"))
+        rows.append((f"{tracer}, {pool}", *cells, f"{min(took):.1f} to {max(took):.1f} s" if took else "-"))
     rows.insert(1, tuple("---" for _ in rows[0]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -264,6 +264,11 @@ def test_the_import_is_light() -> None:
     heavy = "httpx opentelemetry openai anthropic celery rq dramatiq starlette sqlite3 asyncio ssl click rich"
     code = f"import sys, waxell_workers; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert done.stdout.strip() == "[]"

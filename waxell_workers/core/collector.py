@@ -1,7 +1,7 @@
 """The buffered collector: this process's way into the journal, and its word with the shipper.
 
 There is one per process (`current`), inherited by forked children, configured by `init` or, at the first
-need, from the environment. `record` is the only road a record takes. What cannot be recorded is counted,
+need, from the environment. `write` is the only road a record takes. What cannot be recorded is counted,
 with its reason, and never raised.
 """
 
@@ -24,7 +24,7 @@ from .flush import FlushResult, request_flush
 from .ids import new_id
 from .journal import Journal
 from .liveness import ship_lock
-from .records import LLMCall, RunEnded, RunStarted, RunUpdated, Step, TaskLost
+from .records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, Step, TaskLost
 from .runs import MUTED, Run
 
 logger = logging.getLogger("waxell_workers")
@@ -62,6 +62,7 @@ class Collector:
         self.active = settings.configured
         self.journal = Journal(settings)
         self.open_runs: dict[str, Run] = {}
+        self.warned = False
         self._recorded = 0
         self._confirmed = 0
         self._flushed_drops = 0
@@ -77,6 +78,25 @@ class Collector:
 
     # -- recording -----------------------------------------------------------------------------
 
+    def token(self) -> int:
+        """Return what a record of this process carries as `proc`; the first step of each record."""
+        if not self.active:
+            return 0
+        if self._shipping_pid != os.getpid():
+            self._first_record_here()
+        return self.journal.token()
+
+    def write(self, record: Record) -> bool:
+        """Write a record; True if it is safe, False if it is lost and counted."""
+        if not self.active:
+            if self.settings.observe:
+                self.journal.drop("unconfigured")
+            return False
+        if not self.journal.append(encode(record)):
+            return False
+        self._recorded += 1
+        return True
+
     def record(
         self,
         kind: type[RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost],
@@ -84,24 +104,15 @@ class Collector:
         at: float | None = None,
         **fields: Any,
     ) -> bool:
-        """Write a record; True if it is safe.
+        """Make a record and write it; what is written for every task is made by hand instead.
 
         Args:
             kind: the record's class.
             at: Unix time in seconds; now unless given.
             fields: the record's own fields.
         """
-        if not self.active:
-            self._drop_unconfigured()
-            return False
-        if self._shipping_pid != os.getpid():
-            self._first_record_here()
-        journal = self.journal
-        record = kind(id=new_id(), at=time.time() if at is None else at, proc=journal.token(), **fields)
-        if not journal.append(encode(record)):
-            return False
-        self._recorded += 1
-        return True
+        moment = time.time() if at is None else at
+        return self.write(kind(id=new_id(), at=moment, proc=self.token(), **fields))
 
     def record_call(self, **fields: Any) -> None:
         """Write an `LLMCall`, whose texts are redacted already; nothing for a call of a muted run."""
@@ -126,17 +137,13 @@ class Collector:
             run.end("interrupted")
         self.open_runs.clear()
 
-    def _drop_unconfigured(self) -> None:
-        if self.settings.observe:
-            self.journal.drop("unconfigured")
-
     def _first_record_here(self) -> None:
         """In a script, or a process forked by one: see to a shipper and to the exit."""
         self._shipping_pid = os.getpid()
         if self._counting_pid != os.getpid():
             self._counting_pid = os.getpid()
             self._recorded = self._confirmed = 0
-            self.open_runs = {key: run for key, run in self.open_runs.items() if run.is_open}
+            self.open_runs = {key: run for key, run in list(self.open_runs.items()) if run.is_open}
         if self.in_worker:
             return
         self.ensure_shipper()
@@ -165,6 +172,7 @@ class Collector:
 
     def ensure_shipper(self) -> None:
         """Start a shipper if nobody ships; returns at once."""
+        launch.reap()
         kind = self.shipper_kind()
         if not self.active or kind == "external":
             return
@@ -178,7 +186,12 @@ class Collector:
         except OSError:
             return
         now = time.monotonic()
-        if now < self._start_after or self._starts >= launch.MOST_STARTS:
+        if now < self._start_after:
+            return
+        if self._starts >= launch.MOST_STARTS:
+            if self._starts == launch.MOST_STARTS:
+                logger.error("no shipper stays: see shipper.log in %s; records are kept there", directory)
+                self._starts += 1
             return
         # One that was just started has not taken the lock yet.
         self._start_after = now + _START_EVERY_S * 2**self._starts
@@ -229,8 +242,7 @@ class Collector:
         """
         timeout = self.settings.flush_timeout if timeout is None else max(0.0, timeout)
         deadline = time.monotonic() + timeout
-        drops = sum(self.journal.dropped.values())
-        dropped, self._flushed_drops = drops - self._flushed_drops, drops
+        dropped = self._new_drops()
         counting = self._counting_pid == os.getpid()
         recorded, confirmed = (self._recorded, self._confirmed) if counting else (0, 0)
         directory = self.journal.directory
@@ -239,12 +251,19 @@ class Collector:
         if not _is_shipped(directory):
             self.ensure_shipper()
         token = 0 if everybody else self.journal.token()
-        answer = request_flush(directory, token, None if everybody else self.journal.last, deadline)
+        answer = request_flush(directory, token, deadline)
+        unconfirmed = max(1, recorded - confirmed)
         if answer is None:
-            return FlushResult(0, max(1, recorded - confirmed), dropped)
+            return FlushResult(0, unconfirmed, dropped)
         if answer.pending == 0 and counting:
             self._confirmed = recorded
-        return FlushResult(answer.delivered, answer.pending, dropped + answer.dropped)
+        pending = unconfirmed if answer.pending < 0 else answer.pending
+        return FlushResult(answer.delivered, pending, dropped + answer.dropped)
+
+    def _new_drops(self) -> int:
+        drops = sum(self.journal.dropped.values())
+        dropped, self._flushed_drops = drops - self._flushed_drops, drops
+        return dropped
 
     def shutdown(self, timeout: float) -> FlushResult:
         """Have everything exported that is there, for at most `timeout` seconds, and stop shipping from here.
@@ -256,7 +275,8 @@ class Collector:
         if not self.active or not directory:
             return self.force_flush(0)
         if self.shipper_kind() == "thread" and not _is_shipped_elsewhere(directory):
-            return launch.drain_here(self.settings, directory, deadline)
+            result = launch.drain_here(self.settings, directory, deadline)
+            return FlushResult(result.delivered, result.pending, result.dropped + self._new_drops())
         return self.force_flush(timeout, everybody=self.in_worker)
 
     def stats(self) -> Stats:
@@ -321,9 +341,9 @@ def configure(settings: Settings) -> Collector:
         return existing
     if existing.implicit and not existing.journal.directory:
         return _install(Collector(settings, in_worker=existing.in_worker), instead_of=existing)
-    logger.warning(
-        "waxell_workers is already configured: this second init() has other settings, and is ignored"
-    )
+    if not existing.warned:
+        existing.warned = True
+        logger.warning("waxell_workers is configured already: an init() with other settings is ignored")
     return existing
 
 

@@ -108,6 +108,11 @@ def _text(name: str, value: object) -> str:
     return value.strip()
 
 
+def _path(name: str, value: object) -> str:
+    text = _text(name, value)
+    return os.path.abspath(os.path.expanduser(text)) if text else ""
+
+
 def _key(name: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip().isascii() or not value.strip().isprintable():
         raise ConfigError(name, "…", "expected a printable ASCII string")
@@ -121,11 +126,11 @@ def _url(name: str, value: object) -> str:
         parts = urlsplit(text)
         parts.port  # noqa: B018  a property that raises on a bad port
     except ValueError:
-        raise ConfigError(name, value, allowed) from None
+        raise ConfigError(name, "…" if "@" in text else value, allowed) from None
+    if parts.username or parts.password or "@" in parts.netloc:
+        raise ConfigError(name, f"{parts.scheme}://…@{parts.hostname}", "expected a URL without credentials")
     if text and (parts.scheme not in ("http", "https") or not parts.hostname):
         raise ConfigError(name, value, allowed)
-    if parts.username or parts.password:
-        raise ConfigError(name, f"{parts.scheme}://…@{parts.hostname}", "expected a URL without credentials")
     return text
 
 
@@ -222,7 +227,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "exclude": _names,
     "capture_content": _boolean,
     "redact": _callable,
-    "spool_dir": _text,
+    "spool_dir": _path,
     "spool_limit": _size,
     "shipper": _one_of(*SHIPPERS),
     "exporter": _one_of(*EXPORTERS),

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from .config import Redactor, Settings
+from .encoding import plain
 
 _MESSAGE_CHARACTERS = 200
 _FRAMES = 50
@@ -45,15 +46,20 @@ def redact_text(redact: Redactor | None, text: str) -> str:
 
 
 def redacted(settings: Settings, value: Any) -> Any:
-    """Return `value` with each text in it passed through the user's `redact`."""
-    if settings.redact is None:
+    """Return `value` with each text in it, keys too, passed through the user's `redact`."""
+    redact = settings.redact
+    if redact is None or value is None:
         return value
+    return _redacted(redact, plain(value))
+
+
+def _redacted(redact: Redactor, value: Any) -> Any:
     if isinstance(value, str):
-        return redact_text(settings.redact, value)
+        return redact_text(redact, value)
     if isinstance(value, dict):
-        return {key: redacted(settings, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redacted(settings, item) for item in value]
+        return {redact_text(redact, key): _redacted(redact, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(redact, item) for item in value]
     return value
 
 
@@ -69,10 +75,24 @@ def error_message(settings: Settings, error: BaseException) -> str:
 
     Made from its arguments that are texts or numbers; `str()` of the exception may run the user's code.
     """
-    text = ", ".join(str(part) for part in error.args if isinstance(part, (str, int, float)))
-    if not settings.capture_content:
-        text = text[:_MESSAGE_CHARACTERS]
-    return str(redacted(settings, text))
+    text = redact_text(settings.redact, ", ".join(filter(None, map(_text_of, error.args))))
+    return text if settings.capture_content else text[:_MESSAGE_CHARACTERS]
+
+
+def _text_of(part: object) -> str:
+    # Not str(): of a subclass it may be the user's code.
+    if isinstance(part, str):
+        return str.__str__(part)
+    try:
+        return (
+            int.__repr__(part)
+            if isinstance(part, int)
+            else float.__repr__(part)
+            if isinstance(part, float)
+            else ""
+        )
+    except ValueError:  # an integer of more digits than Python writes
+        return ""
 
 
 def format_traceback(settings: Settings, trace: TracebackType | None) -> str:
@@ -84,7 +104,7 @@ def format_traceback(settings: Settings, trace: TracebackType | None) -> str:
     for frame in frames:
         lines.append(f'  File "{_short(frame.filename)}", line {frame.lineno}, in {frame.name}')
         if settings.capture_content and frame.line:
-            lines.append(f"    {redacted(settings, frame.line)}")
+            lines.append(f"    {redact_text(settings.redact, frame.line)}")
     return "\n".join(lines)
 
 

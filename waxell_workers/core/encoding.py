@@ -6,7 +6,7 @@ cannot say becomes a placeholder with the object's type.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -49,12 +49,51 @@ def to_json(record: Record) -> bytes:
 
 
 def decode(line: bytes) -> Record:
-    """Return the record of a line.
+    """Return the record of a line; a field of another type than it should be is made to fit.
 
     Raises:
-        msgspec.DecodeError: the line is torn or damaged, or no record that this version knows.
+        msgspec.MsgspecError: the line is torn or damaged, or no record that this version knows.
     """
-    return _decoder.decode(line)
+    try:
+        return _decoder.decode(line)
+    except msgspec.ValidationError:
+        return _fit(msgspec.json.decode(line, type=dict[str, Any]))
+
+
+_KINDS = {kind.__struct_config__.tag: kind for kind in get_args(Record)}
+
+
+def _fit(values: dict[str, Any]) -> Record:
+    """Return a record of values that a user handed in without minding types: it was taken, so it arrives."""
+    kind = _KINDS.get(values.pop("kind", None))
+    if kind is None:
+        raise msgspec.ValidationError("no known kind of record")
+    fitting = {}
+    for field in msgspec.structs.fields(kind):
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        try:
+            fitting[field.name] = msgspec.convert(value, field.type, strict=False)
+        except msgspec.ValidationError:
+            if field.type is str and value is not None:
+                fitting[field.name] = str(value)
+            elif field.type is str and field.required:
+                fitting[field.name] = "unknown"
+            elif field.type is int and isinstance(value, float):
+                fitting[field.name] = round(value)
+            elif field.type == dict[str, Any] and value is not None:
+                fitting[field.name] = {"value": value}
+    record: Record = msgspec.convert({"kind": kind.__struct_config__.tag, **fitting}, kind)
+    return record
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON would have it: None, bool, int, float, str, list and dict with text keys."""
+    try:
+        return msgspec.json.decode(_encoder.encode(value))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return reduce(value, text=MAX_LINE)
 
 
 def _replace_values(record: _R, *, text: int, items: int = _MAX_ITEMS) -> _R:

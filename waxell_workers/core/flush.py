@@ -1,8 +1,8 @@
 """Asking the shipper to deliver up to here, by then: a line of JSON over a Unix socket beside the journal.
 
-The question is `{"token":…,"segment":…,"offset":…,"within_s":…}`, the answer `{"delivered":…,"pending":…,
-"dropped":…}`; `token` 0 stands for every process, no segment for the journal's end. Nobody who asks waits
-longer than its deadline: no socket, a full backlog or silence mean that the records stay pending.
+The question is `{"token":…,"within_s":…}`, the answer `{"delivered":…,"pending":…,"dropped":…}`; `token` 0
+stands for every process. "Here" is the journal's end when the shipper hears the question. Nobody who asks
+waits longer than its deadline: no socket, a full backlog or silence mean that the records stay pending.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
-
-from .segments import Position
 
 _NAME = "ship.sock"
 _LONGEST_PATH = 100
@@ -48,8 +46,6 @@ class FlushRequest(msgspec.Struct, omit_defaults=True):
 
     within_s: float
     token: int = 0
-    segment: int = 0
-    offset: int = 0
 
 
 class FlushAnswer(msgspec.Struct):
@@ -60,18 +56,16 @@ class FlushAnswer(msgspec.Struct):
     dropped: int
 
 
-def request_flush(directory: str, token: int, upto: Position | None, deadline: float) -> FlushAnswer | None:
+def request_flush(directory: str, token: int, deadline: float) -> FlushAnswer | None:
     """Ask the shipper of a directory to deliver; None if nobody answered before the deadline.
 
     Args:
         directory: the destination's directory.
         token: whose records to wait for; 0 stands for everybody's.
-        upto: the place in the journal to deliver up to; None stands for its end.
         deadline: `time.monotonic()` in seconds.
     """
-    place = upto or Position(0, 0)
     while (left := deadline - time.monotonic()) > 0:
-        question = FlushRequest(max(0.0, left - _ANSWER_MARGIN_S), token, place.segment, place.offset)
+        question = FlushRequest(max(0.0, left - _ANSWER_MARGIN_S), token)
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(left)

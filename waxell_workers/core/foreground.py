@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
-import os
 import signal
 import sys
 import threading
@@ -21,8 +20,6 @@ from .segments import segment_numbers
 from .shipper import DRAIN_S, LOCK_WAIT_S, Shipper
 
 _LOG_BYTES = 1 << 20
-_LAST_WORD_S = 20.0
-"""After SIGTERM the process leaves, whatever hangs; what was not delivered is in the journal."""
 
 
 def main() -> None:
@@ -70,17 +67,16 @@ def run(
         return FlushResult(shipper.delivered, shipper.pending, shipper.rejected)
     if not drain:
         raise OSError(f"another shipper works in {directory}")
-    answer = request_flush(directory, 0, None, deadline)
+    answer = request_flush(directory, 0, deadline)
     if answer is None:
         return FlushResult(0, 1, 0)
-    return FlushResult(answer.delivered, max(answer.pending, 0), answer.dropped)
+    return FlushResult(answer.delivered, abs(answer.pending), answer.dropped)  # -1: it does not know
 
 
 def _on_signal(terminate: Callable[[], None]) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
         terminate()
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.setitimer(signal.ITIMER_REAL, _LAST_WORD_S, _LAST_WORD_S)
+        signal.signal(number, signal.SIG_DFL)  # who asks twice is in a hurry
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)

@@ -11,10 +11,11 @@ no death of a process loses the record.
 Invariants:
 
 * Nothing is inherited. A process opens the segment by its path, for itself, at its first record and again
-  when `getpid()` has changed; the descriptor is compared by (device, inode) before each write, since a
-  forked child's descriptors may have been closed and their numbers given to a socket.
-* A write whose `fstat` *afterwards* shows a seal may have come after the shipper's last read, so the record
-  is written again, into the highest segment; the shipper drops the repeat by its id.
+  when `getpid()` has changed. Before each write the descriptor must stand where this process's last write
+  left it, or else prove itself by (device, inode): a forked child's descriptors may have been closed and
+  their numbers given to a socket.
+* A record after which the segment shows a seal may have come after the shipper's last read, so it is written
+  again, into the highest segment; the shipper drops the repeat by its id.
 * No lock is waited for, no thread started, nothing imported, no network touched. A signal handler, a
   greenlet switch or an asynchronous exception at any bytecode leaves this object usable.
 * A short write is not continued: the record counts as dropped.
@@ -29,12 +30,14 @@ import time
 
 from . import liveness, spool
 from .config import Settings
-from .segments import Position, create_segment, is_sealed, move_high, segment_numbers, segment_path
+from .segments import create_segment, is_sealed, move_high, segment_numbers, segment_path
 
 logger = logging.getLogger("waxell_workers.journal")
 
 _MOVES = 8
 """How often one record follows the segments that are sealed under it."""
+_LOOK_S = 1.0
+"""How often a writer looks whether its segment was deleted under it."""
 _PAUSE_S = 1.0
 """After a refusal, how long until the disk is asked again."""
 
@@ -42,23 +45,47 @@ _PAUSE_S = 1.0
 class _Segment:
     """The segment that this process writes to. Closed when the last thread that writes through it lets go."""
 
-    __slots__ = ("descriptor", "file", "number", "pid", "room")
+    __slots__ = ("descriptor", "file", "looked_at", "number", "offset", "pid", "room")
 
-    def __init__(self, descriptor: int, number: int, room: int) -> None:
+    def __init__(self, descriptor: int, number: int) -> None:
         status = os.fstat(descriptor)
         self.descriptor = descriptor
         self.file = (status.st_dev, status.st_ino)
         self.number = number
         self.pid = os.getpid()
-        self.room = room
+        self.offset = os.lseek(descriptor, 0, os.SEEK_END)
+        """Where this process's last write through the descriptor ended."""
+        self.room = 0
+        self.looked_at = time.monotonic()
 
     def __del__(self) -> None:
         try:
-            status = os.fstat(self.descriptor)
-            if self.pid == os.getpid() and (status.st_dev, status.st_ino) == self.file:
+            if self.pid == os.getpid() and self._is_same_file():
                 os.close(self.descriptor)
         except (OSError, AttributeError, TypeError):  # closed by others, or the interpreter is going down
             pass
+
+    def _is_same_file(self) -> bool:
+        status = os.fstat(self.descriptor)
+        return (status.st_dev, status.st_ino) == self.file
+
+    def check(self) -> None:
+        """Make sure that the descriptor is still ours, and its file still in the directory.
+
+        Cheap as long as nobody else uses the descriptor; `fstat` makes the next write slower on kernels with
+        multigrain timestamps (6.13 and later), so it is left to doubt, and to once a second.
+
+        Raises:
+            OSError: it is somebody else's (`EBADF`), or was deleted (`ENOENT`).
+        """
+        now = time.monotonic()
+        if os.lseek(self.descriptor, 0, os.SEEK_CUR) == self.offset and now - self.looked_at < _LOOK_S:
+            return
+        self.looked_at = now
+        if not self._is_same_file():
+            raise OSError(errno.EBADF, "the descriptor is somebody else's now")
+        if os.fstat(self.descriptor).st_nlink == 0:
+            raise OSError(errno.ENOENT, "the segment was deleted")
 
 
 class Journal:
@@ -73,8 +100,6 @@ class Journal:
         self._paused_until = 0.0
         self._pause_reason = ""
         self._warned: set[str] = set()
-        self.last: Position | None = None
-        """The end of the last record that this process wrote."""
         self.dropped: dict[str, int] = {}
         """Records refused, by reason; the counts of a forked child start with its parent's."""
 
@@ -116,34 +141,30 @@ class Journal:
         for _ in range(_MOVES):
             segment = self._current()
             if segment is None:
+                self.drop(self._pause_reason)
                 return False
             try:
-                before = os.fstat(segment.descriptor)
-                if (before.st_dev, before.st_ino) != segment.file:
-                    raise OSError(errno.EBADF, "the descriptor is somebody else's now")
-                if is_sealed(before):
-                    self._leave(segment)
-                    continue
-                if before.st_size + len(line) > segment.room:
+                segment.check()
+                if segment.offset + len(line) > segment.room:
                     self._leave(segment)
                     self._refuse("spool_limit", "the spool has reached its limit")
                     return False
                 written = os.write(segment.descriptor, line)
-                after = os.fstat(segment.descriptor)
+                segment.offset = os.lseek(segment.descriptor, 0, os.SEEK_CUR)
+                sealed = is_sealed(segment.descriptor)
             except OSError as error:
                 self._leave(segment)
-                if error.errno == errno.EBADF:
-                    self._token_pid = 0  # whoever closed this descriptor closed the token's with it
+                if error.errno in (errno.EBADF, errno.ESPIPE, errno.ENOENT):
+                    self._token_pid = 0  # the token's descriptor, or its file, went the same way
                     continue
                 self._refuse(_reason(error), str(error.strerror))
                 return False
             if written != len(line):
                 self._refuse("disk_full", "a record was written in part")
                 return False
-            if is_sealed(after):
+            if sealed:
                 self._leave(segment)
                 continue
-            self.last = Position(segment.number, after.st_size)
             return True
         self._refuse("moving", "segments were sealed faster than a record could be written")
         return False
@@ -157,12 +178,11 @@ class Journal:
         if segment is not None and segment.pid == os.getpid():
             return segment
         if self._paused_until > time.monotonic():
-            self.drop(self._pause_reason)
             return None
         try:
             segment = self._open_highest()
         except OSError as error:
-            self._refuse(_reason(error), str(error))
+            self._pause(_reason(error), str(error))
             return None
         self._segment = segment
         return segment
@@ -177,14 +197,14 @@ class Journal:
                 continue
             path = segment_path(directory, numbers[-1])
             try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except (FileNotFoundError, PermissionError):  # rotated since the listing
+                descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:  # rotated since the listing
                 continue
-            segment = _Segment(move_high(descriptor), numbers[-1], 0)
-            status = os.fstat(segment.descriptor)
-            if is_sealed(status):
+            segment = _Segment(move_high(descriptor), numbers[-1])
+            if is_sealed(segment.descriptor):  # or written by a version that knows no seal
+                create_segment(directory, numbers[-1] + 1)
                 continue
-            segment.room = limit - (spool.used(directory) - status.st_size)
+            segment.room = limit - (spool.used(directory) - segment.offset)
             return segment
         raise OSError(errno.EAGAIN, "no segment stays open long enough")
 
@@ -194,6 +214,9 @@ class Journal:
 
     def _refuse(self, reason: str, message: str) -> None:
         self.drop(reason)
+        self._pause(reason, message)
+
+    def _pause(self, reason: str, message: str) -> None:
         self._pause_reason = reason
         self._paused_until = time.monotonic() + _PAUSE_S
         if reason not in self._warned:

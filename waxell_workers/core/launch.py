@@ -96,10 +96,11 @@ def drain_here(settings: Settings, directory: str, deadline: float) -> FlushResu
             return FlushResult(0, 1, 0)
         return FlushResult(shipper.delivered, shipper.pending, shipper.rejected)
     own = _threads[directory].shipper
-    before = own.delivered
+    delivered, rejected = own.delivered, own.rejected
     own.stop(deadline)
     thread.join(max(0.0, deadline - time.monotonic()))
-    return FlushResult(own.delivered - before, own.pending, own.rejected)
+    pending = max(own.pending, thread.is_alive())
+    return FlushResult(own.delivered - delivered, pending, own.rejected - rejected)
 
 
 class _ShipperThread(threading.Thread):
@@ -129,7 +130,7 @@ def _start_thread(settings: Settings, directory: str) -> None:
 
 
 def _start_process(settings: Settings, directory: str) -> None:
-    _reap()
+    reap()
     order = {name: getattr(settings, name) for name in _NEEDED}
     reading, writing = os.pipe()
     log = os.open(f"{directory}/shipper.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -153,7 +154,8 @@ def _start_process(settings: Settings, directory: str) -> None:
     _intermediate.add(pid)
 
 
-def _reap() -> None:
+def reap() -> None:
+    """Wait, without waiting, for the short-lived processes between us and the shippers that we started."""
     for pid in list(_intermediate):
         try:
             done, _ = os.waitpid(pid, os.WNOHANG)

@@ -68,6 +68,8 @@ class Ledger:
         path = f"{directory}/shipper.db"
         try:
             self._db = _open(path)
+        except sqlite3.OperationalError:  # locked, read-only, disk full: not damage
+            raise
         except sqlite3.DatabaseError:
             os.replace(path, f"{path}.damaged")
             for suffix in ("-wal", "-shm"):
@@ -180,10 +182,18 @@ _COLUMNS = "run_id, started, remote_id, spans, automatic, lost, ended_at"
 def _open(path: str) -> sqlite3.Connection:
     # One thread at a time uses it: the shipper's own, or at exit the one that drains.
     db = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
-    os.chmod(path, 0o600)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.executescript(_SCHEMA)
+    try:
+        os.chmod(path, 0o600)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.executescript(_SCHEMA)
+        [[verdict]] = db.execute("PRAGMA quick_check(1)")
+    except BaseException:
+        db.close()
+        raise
+    if verdict != "ok":
+        db.close()
+        raise sqlite3.DatabaseError(f"{path}: {verdict}")
     return db
 
 

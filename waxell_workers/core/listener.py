@@ -25,6 +25,7 @@ logger = logging.getLogger("waxell_workers.shipper")
 _BACKLOG = 128
 _QUESTION_S = 0.5
 _IDLE_S = 0.5
+_RETRY_S = 0.02
 
 
 @dataclass(eq=False, slots=True)
@@ -33,8 +34,9 @@ class Waiter:
 
     connection: socket.socket
     token: int
-    upto: Position | None
     deadline: float
+    upto: Position | None = None
+    """The journal's end at the request, as the shipper's loop finds it."""
     delivered: int = 0
     dropped: int = 0
     pending: int = -1
@@ -101,6 +103,10 @@ class Listener:
                 os.unlink(path)
         except OSError:
             pass
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        except OSError:
+            pass
         if self._thread.is_alive():
             self._thread.join(2 * _IDLE_S)
         self._socket.close()
@@ -122,7 +128,8 @@ class Listener:
     def _accept(self) -> None:
         try:
             connection, _ = self._socket.accept()
-        except OSError:
+        except OSError:  # we are closing, or there are no descriptors
+            time.sleep(_RETRY_S)
             return
         try:
             connection.settimeout(_QUESTION_S)
@@ -131,8 +138,7 @@ class Listener:
             connection.close()
             return
         connection.setblocking(False)
-        upto = Position(question.segment, question.offset) if question.segment else None
-        waiter = Waiter(connection, question.token, upto, time.monotonic() + question.within_s)
+        waiter = Waiter(connection, question.token, time.monotonic() + question.within_s)
         with self._lock:
             self._waiters.append(waiter)
         self._wake()

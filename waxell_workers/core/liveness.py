@@ -56,28 +56,46 @@ class Procs:
     """The reader's side of `procs`: asks who lives, holds no lock itself."""
 
     def __init__(self, directory: str) -> None:
-        """Open `procs`, once for the process's life.
+        """Open `procs`, for the process's life.
 
         Raises:
             OSError: the file cannot be opened.
         """
-        self._descriptor = move_high(
-            os.open(f"{directory}/procs", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        )
-        status = os.fstat(self._descriptor)
-        self._file = (status.st_dev, status.st_ino)
+        self._path = f"{directory}/procs"
+        self._opened: dict[tuple[int, int], int] = {}
+        """(device, inode) to descriptor: more than one if the file was deleted and made again."""
+        self._follow()
 
     def is_alive(self, token: int) -> bool:
         """True if the process with this token lives."""
-        return token in self._own() or _locked_by_other(self._descriptor, token, 1)
+        self._follow()
+        return token in self._own() or any(
+            _locked_by_other(descriptor, token, 1) for descriptor in self._opened.values()
+        )
 
     def anyone_alive(self) -> bool:
         """True if any process, this one included, holds a token."""
-        return bool(self._own()) or _locked_by_other(self._descriptor, 0, 0)
+        self._follow()
+        return bool(self._own()) or any(
+            _locked_by_other(descriptor, 0, 0) for descriptor in self._opened.values()
+        )
+
+    def _follow(self) -> None:
+        try:
+            status = os.stat(self._path)
+            if (status.st_dev, status.st_ino) in self._opened:
+                return
+        except FileNotFoundError:
+            pass
+        descriptor = move_high(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        status = os.fstat(descriptor)
+        self._opened[status.st_dev, status.st_ino] = descriptor
 
     def _own(self) -> set[int]:
         # The kernel does not report a process its own locks.
-        return _registered.get(self._file, set()) if _registered_pid == os.getpid() else set()
+        if _registered_pid != os.getpid():
+            return set()
+        return set().union(*(_registered.get(file, set()) for file in self._opened))
 
 
 def _locked_by_other(descriptor: int, start: int, length: int) -> bool:
@@ -101,6 +119,8 @@ class ShipLock:
         self._descriptor = -1
         self._opened_by = 0
         self._held_by = 0
+        self._claims: dict[int, object] = {}
+        """Process to the thread's claim; a forked child's own claim stands beside its parent's."""
 
     @property
     def held(self) -> bool:
@@ -121,11 +141,14 @@ class ShipLock:
         Raises:
             OSError: the file cannot be opened.
         """
-        if self.held:
+        claim = object()
+        # One atomic step, and no lock that a fork could leave locked in a child.
+        if self._claims.setdefault(os.getpid(), claim) is not claim:
             return False
         try:
             fcntl.lockf(self._open(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
         except BlockingIOError:
+            del self._claims[os.getpid()]
             return False
         self._held_by = os.getpid()
         return True
@@ -135,6 +158,7 @@ class ShipLock:
         if self.held:
             self._held_by = 0
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
+            self._claims.pop(os.getpid(), None)
 
     def _open(self) -> int:
         # A forked child may have had its descriptors closed and their numbers given to others.

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any, TypeVar, overload
 
-from .runs import WaxellContext, state_of
+from .context import WaxellContext
+from .runs import state_of
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -35,7 +36,8 @@ def observe(
     """
 
     def decorate(wrapped: Callable[..., Any]) -> Callable[..., Any]:
-        name = agent_name or wrapped.__qualname__
+        own_name: str = getattr(wrapped, "__qualname__", type(wrapped).__qualname__)
+        name = agent_name or own_name
 
         def new_run() -> WaxellContext:
             return WaxellContext(name, workflow_name)
@@ -81,7 +83,11 @@ def _generator(
                 try:
                     sent = yield item
                 except GeneratorExit:
-                    generator.close()
+                    context.enter()
+                    try:
+                        generator.close()
+                    finally:
+                        context.leave()
                     raise
                 except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
                     resume = functools.partial(generator.throw, error)
@@ -118,7 +124,11 @@ def _async_generator(
                 try:
                     sent = yield item
                 except GeneratorExit:
-                    await generator.aclose()
+                    context.enter()
+                    try:
+                        await generator.aclose()
+                    finally:
+                        context.leave()
                     raise
                 except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
                     resume = functools.partial(generator.athrow, error)

@@ -13,7 +13,7 @@ import msgspec
 
 from .encoding import decode
 from .records import FORMAT_VERSION, Record
-from .segments import Position, create_segment, is_sealed, segment_numbers, segment_path
+from .segments import Position, create_segment, is_sealed, seal, segment_numbers, segment_path
 
 _CHUNK = 1 << 20
 
@@ -72,7 +72,7 @@ class Reader:
         while True:
             if self._descriptor < 0 and not self._open():
                 return []
-            sealed = is_sealed(os.fstat(self._descriptor))
+            sealed = is_sealed(self._descriptor)
             chunk = os.pread(self._descriptor, _CHUNK, self.position.offset)
             complete = chunk.rfind(b"\n") + 1
             if complete:
@@ -94,14 +94,6 @@ class Reader:
         except FileNotFoundError:
             return self.position
 
-    def unread(self) -> int:
-        """Return the bytes that are there and were not read."""
-        total = 0
-        for number in segment_numbers(self._directory):
-            if number >= self.position.segment:
-                total += os.stat(segment_path(self._directory, number)).st_size
-        return max(0, total - self.position.offset)
-
     def rotate(self) -> None:
         """Open the next segment, then seal the highest one; its end is still to be read.
 
@@ -112,7 +104,7 @@ class Reader:
         if not numbers:
             return
         create_segment(self._directory, numbers[-1] + 1)
-        os.chmod(segment_path(self._directory, numbers[-1]), 0o400)
+        seal(self._directory, numbers[-1])
 
     def delete_before(self, number: int) -> None:
         """Delete the segments below `number`, all of which must be read and acknowledged."""
@@ -146,12 +138,23 @@ class Reader:
         self.position = Position(higher[0], 0)
         return True
 
-    def seal_if_superseded(self) -> None:
-        """Seal the segment that is being read if a higher one exists: a shipper died between the two."""
-        if self._descriptor < 0 or is_sealed(os.fstat(self._descriptor)):
+    def follow(self) -> None:
+        """Follow what others did to the directory: called before each round of reading.
+
+        If the segment was deleted, reading starts again at the lowest one: somebody wiped the spool. If a
+        higher one exists and this one has no seal, a shipper died between the two.
+
+        Raises:
+            OSError: the directory is gone.
+        """
+        if self._descriptor < 0:
             return
-        if segment_numbers(self._directory)[-1] > self.position.segment:
-            os.fchmod(self._descriptor, 0o400)
+        numbers = segment_numbers(self._directory)
+        if os.fstat(self._descriptor).st_nlink == 0:
+            self.close()
+            self.position = Position(numbers[0] if numbers else 1, 0)
+        elif numbers[-1] > self.position.segment and not is_sealed(self._descriptor):
+            seal(self._directory, self.position.segment)
 
     def _entries(self, chunk: bytes) -> list[Entry]:
         number, offset = self.position

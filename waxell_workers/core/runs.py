@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import time
 from contextvars import ContextVar
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import content
 from .ids import new_id
-from .records import RunEnded, RunStarted, RunUpdated, Step
+from .records import LLMCall, RunEnded, RunStarted, RunUpdated, Step
 
 if TYPE_CHECKING:
     from .collector import Collector
@@ -36,6 +35,27 @@ class Run:
 
     Without a collector the run is muted: it can be used like any other, and leaves no record.
     """
+
+    __slots__ = (
+        "_began",
+        "_collector",
+        "_inputs",
+        "_metadata",
+        "_outer",
+        "_pid",
+        "_result",
+        "_session_id",
+        "_steps",
+        "_user_group",
+        "_user_id",
+        "agent_name",
+        "parent_run_id",
+        "root_run_id",
+        "run_id",
+        "task_id",
+        "trace_id",
+        "workflow_name",
+    )
 
     def __init__(
         self,
@@ -97,20 +117,27 @@ class Run:
         if collector is None:
             return
         collector.open_runs[self.run_id] = self
-        collector.record(
-            RunStarted,
-            run_id=self.run_id,
-            agent_name=self.agent_name,
-            workflow_name=self.workflow_name,
-            inputs=content.redacted(collector.settings, self._inputs) or {},
-            metadata=self._metadata or {},
-            session_id=self._session_id or "",
-            user_id=self._user_id or "",
-            user_group=self._user_group or "",
-            parent_run_id=self.parent_run_id or "",
-            root_run_id=self.root_run_id,
-            trace_id=self.trace_id,
-            task_id=self.task_id,
+        inputs = self._inputs
+        if inputs and collector.settings.redact is not None:
+            inputs = content.redacted(collector.settings, inputs)
+        collector.write(
+            RunStarted(
+                id=self.run_id,
+                at=time.time(),
+                proc=collector.token(),
+                run_id=self.run_id,
+                agent_name=self.agent_name,
+                workflow_name=self.workflow_name,
+                inputs=inputs or {},
+                metadata=self._metadata or {},
+                session_id=self._session_id or "",
+                user_id=self._user_id or "",
+                user_group=self._user_group or "",
+                parent_run_id=self.parent_run_id or "",
+                root_run_id=self.root_run_id,
+                trace_id=self.trace_id,
+                task_id=self.task_id,
+            )
         )
 
     def end(
@@ -133,34 +160,39 @@ class Run:
         """
         if not self.is_open:
             return
-        self._pid = 0
         collector = self._collector
         if collector is None:
+            self._pid = 0
             return
-        described: dict[str, Any] = (
-            dict(self.describe(error))
-            if error is not None
-            else {
-                "error_type": error_type,
-                "error_message": error_message,
-                "traceback": traceback,
-            }
+        if error is not None:
+            error_type, error_message, traceback = self.describe(error).values()
+        result = self._result
+        if result is not None:
+            result = content.redacted(collector.settings, result)
+        collector.write(
+            RunEnded(
+                id=f"{self.run_id}-end",
+                at=time.time(),
+                proc=collector.token(),
+                run_id=self.run_id,
+                state=state,
+                duration_ms=self.elapsed_s() * 1000,
+                error_type=error_type,
+                error_message=error_message,
+                traceback=traceback,
+                result=result,
+            )
         )
+        # Only now: an interrupt before the write must not leave a run that nobody ends. Written twice, the
+        # end has the same id twice.
+        self._pid = 0
         collector.open_runs.pop(self.run_id, None)
-        collector.record(
-            RunEnded,
-            run_id=self.run_id,
-            state=state,
-            duration_ms=self.elapsed_s() * 1000,
-            **described,
-            result=content.redacted(collector.settings, self._result),
-        )
         collector.run_has_ended()
 
     def describe(self, error: BaseException) -> dict[str, str]:
         """Return an exception's type, text and traceback as `end` takes them, by the content rules."""
         if self._collector is None:
-            return {}
+            return {"error_type": "", "error_message": "", "traceback": ""}
         settings = self._collector.settings
         return {
             "error_type": content.error_type(error),
@@ -211,113 +243,43 @@ class Run:
             TypeError: a field that `LLMCall` does not have.
         """
         if self._collector is not None:
-            record_call(
+            told_call(
                 self._collector,
                 self.run_id,
-                model=model,
-                tokens_in=tokens_in,
-                tokens_out=tokens_out,
-                cost=cost,
-                task=task,
-                prompt_preview=prompt_preview,
-                response_preview=response_preview,
+                model,
+                tokens_in,
+                tokens_out,
+                cost,
+                task,
+                prompt_preview,
+                response_preview,
                 **fields,
             )
 
     def record_step(self, name: str, output: Any = None) -> None:
         """Record a named step of this run, with its output (plain data)."""
-        if self._collector is not None:
-            self._steps += 1
-            output = content.redacted(self._collector.settings, output)
-            self._collector.record(Step, run_id=self.run_id, name=name, output=output, position=self._steps)
+        collector = self._collector
+        if collector is None:
+            return
+        self._steps += 1
+        output = content.redacted(collector.settings, output)
+        collector.record(Step, run_id=self.run_id, name=name, output=output, position=self._steps)
 
     def set_tag(self, key: str, value: Any) -> None:
         """Set a tag of this run; written at once, so that a killed run has it."""
         if self._collector is not None:
+            value = content.redacted(self._collector.settings, value)
             self._collector.record(RunUpdated, run_id=self.run_id, tags={key: value})
 
     def set_metadata(self, key: str, value: Any) -> None:
         """Set a metadata field of this run; written at once."""
         if self._collector is not None:
+            value = content.redacted(self._collector.settings, value)
             self._collector.record(RunUpdated, run_id=self.run_id, metadata={key: value})
 
     def set_result(self, result: Any) -> None:
         """Set what the run has produced (plain data); written when it ends."""
         self._result = result
-
-
-class WaxellContext(Run):
-    """A run as a context manager, sync and async.
-
-        with WaxellContext("researcher", session_id="s-1") as run:
-            client.chat.completions.create(…)       # belongs to the run
-            run.set_tag("tenant", "acme")
-
-    An exception ends the run as `error` (`interrupted` for one that is no `Exception`) and passes through
-    untouched. Nothing here waits for the network.
-
-    Args:
-        agent_name: who runs.
-        workflow_name: what it runs.
-        inputs: plain data, recorded since you hand it over; redacted.
-        metadata: plain data for filters and the page.
-        session_id: a conversation to which the run belongs.
-        user_id: the end user for whom it runs.
-        user_group: the end user's group.
-        parent_run_id: the run that caused this one; the current run unless given.
-    """
-
-    def __init__(
-        self,
-        agent_name: str,
-        workflow_name: str = "default",
-        inputs: dict[str, Any] | None = None,
-        metadata: dict[str, Any] | None = None,
-        session_id: str | None = None,
-        user_id: str | None = None,
-        *,
-        user_group: str | None = None,
-        parent_run_id: str | None = None,
-    ) -> None:
-        from .collector import current
-
-        collector = current()
-        super().__init__(
-            None if collector.excluded(agent_name) else collector,
-            agent_name,
-            workflow_name,
-            inputs,
-            metadata,
-            session_id,
-            user_id,
-            user_group=user_group,
-            parent_run_id=parent_run_id,
-        )
-
-    def __enter__(self) -> WaxellContext:
-        self.start()
-        self.enter()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.leave()
-        self.end(state_of(error), error)
-
-    async def __aenter__(self) -> WaxellContext:
-        return self.__enter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.__exit__(kind, error, trace)
 
 
 def state_of(error: BaseException | None) -> str:
@@ -327,25 +289,42 @@ def state_of(error: BaseException | None) -> str:
     return "error" if isinstance(error, Exception) else "interrupted"
 
 
-def record_call(
+def told_call(
     collector: Collector,
     run_id: str,
-    *,
-    cost: float | None = None,
-    task: str = "chat",
-    prompt_preview: str = "",
-    response_preview: str = "",
+    model: str,
+    tokens_in: int,
+    tokens_out: int,
+    cost: float | None,
+    task: str,
+    prompt_preview: str,
+    response_preview: str,
     **fields: Any,
 ) -> None:
-    """Record a call that a user told us of: the platform's names for its fields, its texts redacted."""
+    """Record a call that a user told us of, by the platform's names for its fields, its texts redacted."""
+    if run_id == MUTED:
+        return
     redact = collector.settings.redact
-    collector.record_call(
-        run_id=run_id,
-        cost_usd=cost,
-        operation=task,
-        prompt=content.redact_text(redact, prompt_preview),
-        response=content.redact_text(redact, response_preview),
-        **fields,
+    if redact is not None:
+        prompt_preview = content.redact_text(redact, prompt_preview)
+        response_preview = content.redact_text(redact, response_preview)
+        fields = content.redacted(collector.settings, fields)
+    at = fields.pop("at", None) or time.time()
+    collector.write(
+        LLMCall(
+            id=new_id(),
+            at=at,
+            proc=collector.token(),
+            run_id=run_id,
+            model=model,
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
+            cost_usd=cost,
+            operation=task,
+            prompt=prompt_preview,
+            response=response_preview,
+            **fields,
+        )
     )
 
 

@@ -1,19 +1,20 @@
-"""Names, order and creation of the journal's segments: what the writers and the shipper agree on.
+"""Names, order, seal and creation of the journal's segments: what the writers and the shipper agree on.
 
     <spool>/<destination>/   000007.ndjson 000008.ndjson …   procs   ship.lock   shipper.db   …
 
-Invariants, on which everything else rests:
+A segment opens with a line of its own, `{"kind":"segment","version":1,"sealed":0}`. Invariants, on which
+everything else rests:
 
 * The highest segment is the one that is written to. It is never sealed and never deleted.
-* A segment appears under its name complete with its version line: it is linked, not created, there.
-* A seal is `chmod 0400`; it comes only after a higher segment exists, and before the last read.
+* A segment appears under its name complete with its first line: it is linked, not created, there.
+* The seal is one byte, `0` to `1`, in that line. It comes only after a higher segment exists, and before the
+  last read: a writer that sees no seal after its write has written what that read will find.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import stat
 from typing import NamedTuple
 
 from .records import FORMAT_VERSION
@@ -21,7 +22,10 @@ from .records import FORMAT_VERSION
 _SUFFIX = ".ndjson"
 _HIGH_DESCRIPTOR = 512
 
-VERSION_LINE = b'{"kind":"segment","version":%d}\n' % FORMAT_VERSION
+FIRST_LINE = b'{"kind":"segment","version":%d,"sealed":0}\n' % FORMAT_VERSION
+SEAL_AT = FIRST_LINE.index(b"0}")
+"""Offset of the seal's byte."""
+_OPEN = b"0"
 
 
 class Position(NamedTuple):
@@ -47,7 +51,7 @@ def segment_numbers(directory: str) -> list[int]:
 
 
 def create_segment(directory: str, number: int) -> None:
-    """Make segment `number` exist, complete with its version line; somebody else may have been first.
+    """Make segment `number` exist, complete with its first line; somebody else may have been first.
 
     Raises:
         OSError: the directory cannot be written to, or the disk is full.
@@ -55,8 +59,8 @@ def create_segment(directory: str, number: int) -> None:
     temporary = f"{directory}/.{number:06d}.{os.getpid()}.{os.urandom(4).hex()}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        written = os.write(descriptor, VERSION_LINE)
-        if written == len(VERSION_LINE):
+        written = os.write(descriptor, FIRST_LINE)
+        if written == len(FIRST_LINE):
             os.link(temporary, segment_path(directory, number))
     except FileExistsError:
         pass
@@ -65,9 +69,23 @@ def create_segment(directory: str, number: int) -> None:
         os.unlink(temporary)
 
 
-def is_sealed(status: os.stat_result) -> bool:
-    """True if a segment with this status takes no more records: sealed, or deleted."""
-    return status.st_nlink == 0 or not status.st_mode & stat.S_IWUSR
+def is_sealed(descriptor: int) -> bool:
+    """True if a segment takes no more records."""
+    return os.pread(descriptor, 1, SEAL_AT) != _OPEN
+
+
+def seal(directory: str, number: int) -> None:
+    """Seal a segment; a higher one must exist.
+
+    Raises:
+        OSError: it is gone, or cannot be written to.
+    """
+    # Not O_APPEND, with which Linux would put the byte at the end.
+    descriptor = os.open(segment_path(directory, number), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.pwrite(descriptor, b"1", SEAL_AT)
+    finally:
+        os.close(descriptor)
 
 
 def move_high(descriptor: int) -> int:

@@ -26,7 +26,7 @@ from .listener import Listener, Waiter
 from .liveness import Procs, ship_lock
 from .reader import Entry, NewerJournal, Reader
 from .records import Record
-from .segments import VERSION_LINE
+from .segments import FIRST_LINE
 from .tracking import Tracker
 from .window import Backoff, Window
 
@@ -45,6 +45,7 @@ DRAIN_S = 30.0
 _TERM_DRAIN_S = 3.0
 _FLUSH_EVERY_S = 1.0
 _TIDY_S = 60.0
+_QUARANTINE_BYTES = 16 << 20
 
 
 class Shipper:
@@ -75,7 +76,11 @@ class Shipper:
         self._terminated = False
         self._asked = False
         self._named_time = False
+        self._opened = False
         self._read_all = False
+        self._torn = 0
+        self._progressed = False
+        self._untold: dict[int, int] = {}
         self._listener: Listener | None = None
         self._pending_since = time.monotonic()
         self._server = Backoff()
@@ -84,6 +89,8 @@ class Shipper:
         self._warned = ""
         self.delivered = 0
         self.rejected = 0
+        self.unreadable = False
+        """True if the journal could not be read, so that nobody knows what is pending."""
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -96,17 +103,24 @@ class Shipper:
         except (OSError, sqlite3.Error) as error:
             logger.error("cannot ship from %s: %s", self._directory, error)
             ship_lock(self._directory).release()
+            self.unreadable = True
             return True
         try:
-            self._listen()
+            if self._stop_by is None:  # else nobody has the time to ask
+                self._listen()
             self._live()
             while not self._leave():
                 self._listen()
                 self._live()
         except NewerJournal as error:
             logger.warning("%s: leaving the journal to a newer shipper", error)
+            self.unreadable = True
         except FileNotFoundError as error:
             logger.warning("the spool is gone: %s", error)
+            self.unreadable = True
+        except (OSError, sqlite3.Error) as error:
+            logger.error("cannot ship from %s any more: %s", self._directory, error)
+            self.unreadable = True
         finally:
             self._close()
         return True
@@ -136,6 +150,7 @@ class Shipper:
         self._reader = Reader(self._directory, *self._ledger.cursor())
         self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs)
         self._exporter = load_exporter(self._settings)
+        self._opened = True
         self._segment_bytes = min(SEGMENT_BYTES, (self._settings.spool_limit or SEGMENT_BYTES * 8) // 8)
 
     def _listen(self) -> None:
@@ -155,7 +170,7 @@ class Shipper:
         return True
 
     def _leave_no_content(self) -> None:
-        if self._reader.end().offset > len(VERSION_LINE):
+        if self._reader.end().offset > len(FIRST_LINE):
             self._reader.rotate()
             self._read()
             self._tracker.commit([])
@@ -175,7 +190,7 @@ class Shipper:
             self._round()
             now = time.monotonic()
             if self._stop_by is not None:
-                if self._is_drained() or now >= self._stop_by:
+                if now >= self._stop_by or (self._is_drained() and not self._owes_an_end()):
                     return
             elif self._procs.anyone_alive() or self._stay:
                 last_alive = now
@@ -200,6 +215,9 @@ class Shipper:
     def _is_finished(self) -> bool:
         return self._is_drained() and not self._tracker.any_open()
 
+    def _owes_an_end(self) -> bool:
+        return self._tracker.any_open() and not self._procs.anyone_alive()
+
     # -- one round -----------------------------------------------------------------------------
 
     def _round(self) -> None:
@@ -208,17 +226,20 @@ class Shipper:
         waiters = self._listener.waiters() if self._listener is not None else []
         self._asked = bool(waiters)
         self._answer(waiters)
+        self._progressed = False
         if self._is_due(waiters):
+            before = self.delivered + self.rejected
             self._export()
+            self._progressed = self.delivered + self.rejected > before
             self._answer(waiters)
         if self._reader.end().offset >= self._segment_bytes:
             self._reader.rotate()
         self._tidy()
         if self._progress is not None:
-            self._progress(self.delivered, self.pending)
+            self._progress(self.delivered, self._known)
 
     def _read(self) -> None:
-        self._reader.seal_if_superseded()
+        self._reader.follow()
         self._read_all = False
         while not self._window.full:
             entries = self._reader.read()
@@ -227,21 +248,30 @@ class Shipper:
                 break
             for entry in entries:
                 self._tracker.admit(entry)
-        if not self.pending:
+        if self._reader.torn > self._torn:
+            logger.warning("%d torn or damaged lines were passed over", self._reader.torn - self._torn)
+            self._torn = self._reader.torn
+        if not self._known:
             self._pending_since = time.monotonic()
 
     @property
     def pending(self) -> int:
-        """Records that were read and have not arrived."""
+        """Records that have not arrived, as far as they were read; at least 1 where some were not."""
+        if self.unreadable or not self._opened:
+            return 1
+        return max(not self._read_all, self._known)
+
+    @property
+    def _known(self) -> int:
         return self._window.pending + self._tracker.loose
 
     def _is_due(self, waiters: list[Waiter]) -> bool:
-        if not self.pending or not self._may_send():
+        if not self._known or not self._may_send():
             return False
         if waiters or self._stop_by is not None or not self._procs_alive_or_stay():
             return True
         return (
-            self.pending >= self._settings.flush_max_records
+            self._known >= self._settings.flush_max_records
             or self._window.pending_bytes >= BATCH_BYTES
             or time.monotonic() - self._pending_since >= self._settings.flush_interval
         )
@@ -278,6 +308,8 @@ class Shipper:
         ]
         self._last_attempt = time.monotonic()
         deadline = self._last_attempt + _EXPORT_S
+        if self._terminated and not self._procs.anyone_alive():
+            deadline = min(deadline, self._last_attempt + _TERM_DRAIN_S)
         if self._stop_by is not None:
             deadline = min(deadline, self._stop_by)
         return self._exporter.export(batch, deadline)
@@ -300,7 +332,10 @@ class Shipper:
                     self.rejected += 1
                 else:
                     self.delivered += 1
-                _credit(waiters, entry, rejected=entry.id in outcome.rejected)
+                if entry.id in outcome.rejected:
+                    self._untold[entry.token] = self._untold.get(entry.token, 0) + 1
+                else:
+                    _credit(waiters, entry)
                 self._tracker.delivered(run_id, cast(Record, entry.record))
             self._window.arrived(run_id, ids)
             done += ids
@@ -333,6 +368,8 @@ class Shipper:
         )
         path = f"{self._directory}/quarantine.ndjson"
         try:
+            if os.path.exists(path) and os.path.getsize(path) > _QUARANTINE_BYTES:
+                os.replace(path, f"{path}.1")
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.write(descriptor, line + b"\n")
@@ -350,8 +387,17 @@ class Shipper:
             if waiter.upto is None:
                 waiter.upto = self._reader.end()
             waiter.pending = self._window.count(waiter.token, waiter.upto)
+            waiter.dropped += self._tell(waiter.token)
             if waiter.pending == 0 and self._reader.position >= waiter.upto and self._listener is not None:
                 self._listener.fulfil(waiter)
+
+    def _tell(self, token: int) -> int:
+        """Return how many records of a process (0: of all) were rejected since it was last told."""
+        if token:
+            return self._untold.pop(token, 0)
+        told = sum(self._untold.values())
+        self._untold.clear()
+        return told
 
     # -- housekeeping --------------------------------------------------------------------------
 
@@ -360,16 +406,14 @@ class Shipper:
         if now - self._tidied_at < _TIDY_S:
             return
         self._tidied_at = now
+        for name in ("procs", "ship.lock"):  # cleaners of temporary directories take what looks old
+            os.utime(f"{self._directory}/{name}")
         self._ledger.forget_ended_runs()
 
 
-def _credit(waiters: list[Waiter], entry: Entry, *, rejected: bool) -> None:
+def _credit(waiters: list[Waiter], entry: Entry) -> None:
     for waiter in waiters:
-        if waiter.token and entry.token != waiter.token:
-            continue
-        if rejected:
-            waiter.dropped += 1
-        else:
+        if not waiter.token or entry.token == waiter.token:
             waiter.delivered += 1
 
 

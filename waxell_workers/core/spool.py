@@ -39,7 +39,10 @@ def candidates(settings: Settings) -> list[str]:
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     if os.path.isabs(state):
         found.append(f"{state}/waxell-workers")
-    found.append(f"{tempfile.gettempdir()}/waxell-workers-{os.geteuid()}")
+    try:
+        found.append(f"{tempfile.gettempdir()}/waxell-workers-{os.geteuid()}")
+    except FileNotFoundError:  # no temporary directory can be written to
+        pass
     found.append(f"{_MEMORY}/waxell-workers-{os.geteuid()}")
     return found
 
@@ -77,10 +80,12 @@ def limit(settings: Settings, directory: str) -> int:
 
 
 def used(directory: str) -> int:
-    """Return the bytes that all destinations beside `directory` hold, itself included."""
+    """Return the bytes of all segments, of this destination and those beside it."""
     total = 0
     for parent, _, names in os.walk(os.path.dirname(directory)):
         for name in names:
+            if not name[:1].isdecimal():
+                continue
             try:
                 total += os.lstat(f"{parent}/{name}").st_size
             except OSError:  # deleted since the listing

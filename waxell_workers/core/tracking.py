@@ -43,7 +43,8 @@ class Tracker:
         self._grouped = ledger.grouped()
         self._loose: dict[str, list[Entry]] = {}
         self._recent: OrderedDict[str, None] = OrderedDict.fromkeys(ledger.recent())
-        self._dead: dict[int, tuple[Position, float]] = {}
+        self._dead: dict[int, tuple[Position, float, float]] = {}
+        """Token of a dead process to the journal's end then, and when that was: monotonic, Unix time."""
         self._looked_at = 0.0
         self._cursor = reader.position
         self._passed: deque[str] = deque(maxlen=_REMEMBERED)
@@ -143,21 +144,22 @@ class Tracker:
         for token in tokens:
             if token not in self._dead and not self._procs.is_alive(token):
                 # First it is known to be dead, then where the journal ends: so nothing of it comes later.
-                self._dead[token] = (self._reader.end(), now)
+                self._dead[token] = (self._reader.end(), now, time.time())
         for run in open_runs:
-            mark, since = self._dead.get(run.state.started.proc, (None, 0.0))
-            if mark is None or self._reader.position < mark:
+            seen = self._dead.get(run.state.started.proc)
+            if seen is None or self._reader.position < seen[0]:
                 continue
+            _, since, at = seen
             if run.lost is not None or now - since > _REASON_GRACE_S or not self._procs.anyone_alive():
-                self._kill(run)
+                self._kill(run, at)
 
     def any_open(self) -> bool:
         """True if a run is still to be ended."""
         return any(not run.ended and not run.automatic for run in self._runs.values())
 
-    def _kill(self, run: TrackedRun) -> None:
+    def _kill(self, run: TrackedRun, at: float) -> None:
         run.ended = True
-        at = run.lost.at if run.lost is not None else time.time()
+        at = min(at, run.lost.at) if run.lost is not None else at
         end = _killed(f"{run.run_id}-killed", at, run.lost, run.run_id, (at - run.state.started.at) * 1000)
         self._window.add(run.run_id, Entry(end, end.id, 0, None, 0), end)
 

@@ -1,4 +1,4 @@
-"""Where the exporters of the other tracers hand over what they are given: an HTTP server in another process."""
+"""Where the exporters of the other tracers hand over what they get: to an HTTP server in another process."""
 
 import os
 from collections.abc import Sequence

@@ -1,0 +1,134 @@
+"""Scripts: `init()` and nothing else; a thread ships, the interpreter's exit delivers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faulty import FaultyServer
+from tests.harness import environment
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer(ingest=True) as server:
+        yield server
+        assert server.violations == []
+
+
+def run(server: FaultyServer, spool: Path, code: str) -> subprocess.CompletedProcess[str]:
+    head = (
+        "import os, sys, time, threading, multiprocessing, waxell_workers\n"
+        f"waxell_workers.init(api_url={server.url!r}, spool_dir={str(spool)!r}, capture=())\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", head + code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+def models(server: FaultyServer) -> Counter[str]:
+    return Counter(record["model"] for record in server.records.values() if record["kind"] == "llm_call")
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["", "time.sleep(1)\n", "raise ValueError('mine')\n", "sys.exit(3)\n"],
+    ids=["at once", "later", "exception", "exit"],
+)
+def test_a_script_s_records_are_delivered_at_exit(server: FaultyServer, tmp_path: Path, before: str) -> None:
+    """However the interpreter comes to its orderly end, what was recorded is at the server then."""
+    done = run(server, tmp_path, f"waxell_workers.record_llm_call(model='m')\n{before}")
+    assert done.returncode == {"r": 1, "s": 3}.get(before[:1], 0)
+    assert models(server) == {"m": 1}
+    assert "waxell" not in done.stderr
+    assert done.stderr == "" or before.startswith("raise")
+
+
+def test_an_open_run_is_interrupted_at_exit(server: FaultyServer, tmp_path: Path) -> None:
+    """A script that leaves with a run open says so."""
+    done = run(server, tmp_path, "waxell_workers.WaxellContext('a').__enter__()\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [run.state for run in server.runs.values()] == ["interrupted"]
+
+
+def test_a_long_script_ships_while_it_runs(server: FaultyServer, tmp_path: Path) -> None:
+    """The thread delivers, a flush is true, and shutdown leaves nothing to do."""
+    done = run(
+        server,
+        tmp_path,
+        "waxell_workers.record_llm_call(model='m')\n"
+        "print(bool(waxell_workers.force_flush(20)), waxell_workers.stats().shipper)\n"
+        "waxell_workers.record_llm_call(model='n')\n"
+        "print(bool(waxell_workers.shutdown(20)))\n"
+        "waxell_workers.record_llm_call(model='o')\n"
+        "os._exit(0 if waxell_workers.shutdown(20) else 1)\n",
+    )
+    assert (done.stdout, done.returncode) == ("True thread\nTrue\n", 0)
+    assert models(server) == {"m": 1, "n": 1, "o": 1}
+
+
+@pytest.mark.parametrize("mode", ["refuse", "hang", "503"])
+def test_a_sick_server_holds_no_exit(server: FaultyServer, tmp_path: Path, mode: str) -> None:
+    """The exit takes its three seconds at most, and what was not delivered is there for the next one."""
+    server.mode(mode)
+    code = (
+        "import atexit\nwaxell_workers.record_llm_call(model='m')\nbegan = time.monotonic()\n"
+        "import waxell_workers.core.collector as c\n"
+        "exit = c.current()._at_exit\natexit.unregister(exit)\nexit()\nprint(time.monotonic() - began)\n"
+    )
+    done = run(server, tmp_path, code)
+    assert float(done.stdout) < 4.0
+    server.mode("healthy")
+    run(server, tmp_path, "waxell_workers.record_llm_call(model='n')\n")
+    assert models(server) == {"m": 1, "n": 1}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing_children(server: FaultyServer, tmp_path: Path, method: str) -> None:
+    """Children end without exit hooks; what they recorded is delivered by the parent's shipper."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, waxell_workers\n"
+        "def child(n):\n"
+        "    init(); waxell_workers.record_llm_call(model=f'child {n}')\n"
+        "def init():\n"
+        f"    waxell_workers.init(api_url={server.url!r}, spool_dir={str(tmp_path)!r}, capture=())\n"
+        "if __name__ == '__main__':\n"
+        "    init(); waxell_workers.record_llm_call(model='parent')\n"
+        f"    context = multiprocessing.get_context({method!r})\n"
+        "    children = [context.Process(target=child, args=(n,)) for n in range(3)]\n"
+        "    for c in children: c.start()\n"
+        "    for c in children: c.join()\n"
+        "    assert [c.exitcode for c in children] == [0, 0, 0]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert models(server) == {"parent": 1, "child 0": 1, "child 1": 1, "child 2": 1}
+
+
+@pytest.mark.parametrize("timeout", ["0", "0.05"])
+def test_a_hasty_shutdown_neither_raises_nor_lies(server: FaultyServer, tmp_path: Path, timeout: str) -> None:
+    """shutdown() with no time to speak of says that something is pending."""
+    server.mode("503")
+    code = (
+        "waxell_workers.record_llm_call(model='m')\n"
+        f"print(bool(waxell_workers.shutdown({timeout})))\nos._exit(0)\n"
+    )
+    assert run(server, tmp_path, code).stdout == "False\n"
+
+
+def test_shutdown_tells_of_what_was_refused(server: FaultyServer, tmp_path: Path) -> None:
+    """A result is true only if nothing was dropped."""
+    code = (
+        "from waxell_workers.core.collector import current\n"
+        "waxell_workers.record_llm_call(model='m')\ncurrent().journal.drop('spool_limit', 2)\n"
+        "print(waxell_workers.shutdown(20).dropped)\n"
+    )
+    assert run(server, tmp_path, code).stdout == "2\n"
