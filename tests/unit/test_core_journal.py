@@ -257,32 +257,6 @@ def test_many_threads_and_processes_write_at_once(collector: Collector) -> None:
     assert read_all(collector.journal.directory)[1] == 0
 
 
-def test_the_last_position_never_goes_back(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given two threads, one slow between its write and its look at the file: `last` covers both records."""
-    collector.record(LLMCall, model="first")
-    calls = 0
-
-    def lseek(descriptor: int, offset: int, whence: int) -> int:
-        nonlocal calls
-        calls += 1
-        position = os.lseek(descriptor, offset, whence)
-        if calls == 2:  # after the slow thread's write
-            other = threading.Thread(target=collector.record, args=(LLMCall,), kwargs={"model": "fast"})
-            other.start()
-            other.join()
-        return position
-
-    slow_os = SimpleNamespace(**{name: getattr(os, name) for name in dir(os)} | {"lseek": lseek})
-    monkeypatch.setattr(module, "os", slow_os)
-    collector.record(LLMCall, model="slow")
-    monkeypatch.undo()
-    end = Reader(collector.journal.directory, None, 0).end()
-    assert collector.journal.last == end
-
-
-# --- seals and segments ---------------------------------------------------------------------------
-
-
 def test_a_record_after_the_seal_is_in_the_next_segment(collector: Collector) -> None:
     """A sealed segment takes no more records; the writer goes on in the highest one."""
     collector.record(LLMCall, model="old")

@@ -511,7 +511,7 @@ def test_a_redactor_that_fails_costs_the_text(tmp_path: Path, monkeypatch: pytes
     journal = configure(monkeypatch, tmp_path, redact=broken)
     with WaxellContext("a", inputs={"q": "hunter2"}):
         pass
-    assert journal.of(RunStarted)[0].inputs == {"q": "[redaction failed]"}
+    assert journal.of(RunStarted)[0].inputs == {"[redaction failed]": "[redaction failed]"}
 
 
 @pytest.mark.parametrize("kind", ["KeyboardInterrupt", "SoftTimeLimitExceeded"])

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -625,8 +626,18 @@ def test_the_detached_shipper_outlives_the_worker_and_has_manners(
         worker.communicate()
     # This process's own token keeps a shipper waiting for the reason: longer than a worker's death alone.
     await_(lambda: list(states(server).values()) == ["killed"], "the killed run", 60)
+    # For the same reason one SIGTERM is not enough: a worker lives.
+    shipper.terminate()
+    await_(lambda: signal_is_default(shipper.pid), "the first to be taken", 30)
     shipper.terminate()
     shipper.wait(30)
+
+
+def signal_is_default(pid: int) -> bool:
+    """True if SIGTERM would end the process (proc(5), `SigCgt`: the signals that it catches)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return not caught >> (signal.SIGTERM - 1) & 1
 
 
 def test_starting_the_shipper_leaves_no_zombie(server: FaultyServer, destination: Destination) -> None:

@@ -201,7 +201,7 @@ class Shipper:
             self._sleep()
 
     def _sleep(self) -> None:
-        if self._window.pending >= self._settings.flush_max_records and self._may_send():
+        if self._progressed and self._known >= self._settings.flush_max_records:
             return
         wait = _POLL_S
         if self._stop_by is not None:
@@ -318,6 +318,7 @@ class Shipper:
         """Take the outcome to heart; true if it is worth going on at once."""
         done: list[str] = []
         waiters = self._listener.waiters() if self._listener is not None else []
+        only_failing = all(self._window.has_failed(run_id) for run_id in taken)
         for run_id, entries in taken.items():
             ids = {
                 entry.id
@@ -344,15 +345,17 @@ class Shipper:
                 self._window.failed(run_id, outcome.retry_after_s)
         self._tracker.commit(done)
         self._tracker.delete_finished_segments()
-        self._note(outcome, progress=bool(done))
+        self._note(outcome, progress=bool(done), only_failing=only_failing)
         return bool(done) and not outcome.paused and not outcome.error
 
-    def _note(self, outcome: Outcome, *, progress: bool) -> None:
+    def _note(self, outcome: Outcome, *, progress: bool, only_failing: bool) -> None:
         self._named_time = outcome.retry_after_s is not None or bool(outcome.paused)
         if outcome.paused:
             self._server.until = time.monotonic() + _PAUSE_S
         elif outcome.error and not progress:
-            self._server.fail(outcome.retry_after_s)
+            # What fails alone, while the server takes the rest, says nothing of the server.
+            if self._server.failures or not only_failing:
+                self._server.fail(outcome.retry_after_s)
         else:
             self._server.clear()
         trouble = outcome.paused or outcome.error
@@ -407,7 +410,10 @@ class Shipper:
             return
         self._tidied_at = now
         for name in ("procs", "ship.lock"):  # cleaners of temporary directories take what looks old
-            os.utime(f"{self._directory}/{name}")
+            try:
+                os.utime(f"{self._directory}/{name}")
+            except FileNotFoundError:
+                continue
         self._ledger.forget_ended_runs()
 
 

@@ -118,6 +118,10 @@ class Window:
             self.pending_bytes -= entry.size
         return gone
 
+    def has_failed(self, run_id: str) -> bool:
+        """True if this run's last attempt came to nothing."""
+        return run_id in self._queues and self._queues[run_id].backoff.failures > 0
+
     def failed(self, run_id: str, retry_after_s: float | None) -> None:
         """Leave a run alone for a while."""
         if run_id in self._queues:
