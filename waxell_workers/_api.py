@@ -120,7 +120,7 @@ def record_llm_call(
         task,
         prompt_preview,
         response_preview,
-        **fields,
+        fields,
     )
 
 

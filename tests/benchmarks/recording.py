@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from waxell_workers.cli.processes import Children
-from waxell_workers.core.segments import VERSION_LINE
+from waxell_workers.core.segments import FIRST_LINE
 
 ROUNDS = 15
 RUNS = 2_000
@@ -271,7 +271,7 @@ CONTENDERS: dict[str, Callable[[Path, int], Contender]] = {
 def journal_lines(spool: Path) -> list[bytes]:
     r"""Return the records of the journal in a spool as they were written: `\n`, JSON, `\n`."""
     (segment,) = spool.glob("*/*.ndjson")
-    text = segment.read_bytes().removeprefix(VERSION_LINE)
+    text = segment.read_bytes().removeprefix(FIRST_LINE)
     return [b"\n" + line + b"\n" for line in text.split(b"\n") if line]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.benchmarks import recording
-from waxell_workers.core.segments import VERSION_LINE
+from waxell_workers.core.segments import FIRST_LINE
 
 RUNS = 20
 
@@ -17,7 +17,7 @@ def test_bare_writes_repeat_exactly_the_journal(tmp_path):
     (segment,) = tmp_path.glob("*/*.ndjson")
     lines = recording.journal_lines(tmp_path)
     assert len(lines) == 3 * (RUNS + recording.WARM_UP_RUNS)
-    assert VERSION_LINE + (tmp_path / "bare").read_bytes() == segment.read_bytes()
+    assert FIRST_LINE + (tmp_path / "bare").read_bytes() == segment.read_bytes()
 
 
 def test_what_was_exported_meanwhile_has_arrived(tmp_path):

@@ -217,7 +217,7 @@ def test_small_segments_under_writers(server: FaultyServer, destination: Destina
             writer.join()
         shipper.stop(time.monotonic() + 30)
         thread.join()
-    assert segment_numbers(destination.directory)[-1] >= 3
+    assert segment_numbers(destination.directory)[-1] >= 2, "nothing was rotated"
     models = Counter(record["model"] for record in server.records.values() if record["kind"] == "llm_call")
     assert len(models) == 900
     assert set(models.values()) == {1}

@@ -121,7 +121,8 @@ class Collector:
 
     def excluded(self, name: str) -> bool:
         """True if a task or agent of this name is not to be recorded."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.settings.exclude)
+        patterns = self.settings.exclude
+        return bool(patterns) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
     def run_has_ended(self) -> None:
         """Look, now and then, whether anybody ships; if not, start somebody."""

@@ -51,7 +51,7 @@ class WaxellContext(Run):
             agent_name,
             workflow_name,
             inputs,
-            content.redacted(collector.settings, metadata),
+            metadata if metadata is None else content.redacted(collector.settings, metadata),
             session_id,
             user_id,
             user_group=user_group,

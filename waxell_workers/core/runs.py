@@ -253,7 +253,7 @@ class Run:
                 task,
                 prompt_preview,
                 response_preview,
-                **fields,
+                fields,
             )
 
     def record_step(self, name: str, output: Any = None) -> None:
@@ -299,17 +299,19 @@ def told_call(
     task: str,
     prompt_preview: str,
     response_preview: str,
-    **fields: Any,
+    fields: dict[str, Any],
 ) -> None:
     """Record a call that a user told us of, by the platform's names for its fields, its texts redacted."""
     if run_id == MUTED:
         return
+    at = time.time()
     redact = collector.settings.redact
     if redact is not None:
         prompt_preview = content.redact_text(redact, prompt_preview)
         response_preview = content.redact_text(redact, response_preview)
         fields = content.redacted(collector.settings, fields)
-    at = fields.pop("at", None) or time.time()
+    if "at" in fields:
+        at = fields.pop("at")
     collector.write(
         LLMCall(
             id=new_id(),
