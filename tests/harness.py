@@ -237,6 +237,17 @@ class Worker:
                 sent[client.send_task(f"scenarios.{task}", (marker,), queue=self.queue).id] = marker
         return sent
 
+    def send_chain(self, ticket: str) -> None:
+        """Enqueue the example's chain of two tasks."""
+        from celery import Celery, chain
+
+        with Celery(broker=self.broker, set_as_current=False) as client:
+            signatures = [
+                client.signature(f"tasks.{name}", args, queue=self.queue)
+                for name, args in (("triage", (ticket,)), ("summarise", ()))
+            ]
+            chain(*signatures, app=client).apply_async()
+
     def terminate(self, timeout_s: float = 60.0) -> float:
         """Send SIGTERM and wait for the end; return the seconds that it took."""
         assert self.process is not None

@@ -175,6 +175,20 @@ def test_failures_and_retries_are_told_apart(make_worker, server):
     assert all(run["markers"] == ["flaky"] for run in attempts.values())
 
 
+def test_a_chain_is_one_story(make_worker, server):
+    """What a task enqueues is its child: parent and root connect, and the wait in the queue is known."""
+    worker = make_worker(server.url)
+    worker.start(*POOLS["prefork"])
+    worker.send_chain("Hello?")
+    await_(lambda: len(server.ended()) == 2, "two ended runs")
+    runs = {run["agent_name"]: run for run in server.runs()}
+    first, second = runs["tasks.triage"], runs["tasks.summarise"]
+    assert second["parent"] == first["run_id"]
+    assert second["root"] == first["run_id"]
+    assert second["metadata"]["wait_s"] >= 0
+    assert second["metadata"]["root_task_id"] == first["task_id"]
+
+
 APP_WITHOUT_IMPORT = """
 import os
 from celery import Celery

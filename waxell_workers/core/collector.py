@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import launch
-from .config import Settings, resolve
+from .config import Settings, observes, resolve
 from .encoding import encode
 from .errors import ConfigError
 from .flush import FlushResult, request_flush
@@ -328,6 +328,13 @@ def current() -> Collector:
 def configured() -> Collector | None:
     """Return this process's collector, or None as long as nobody has configured one."""
     return _collector
+
+
+def is_off() -> bool:
+    """True if everything is switched off here; configures nothing, so that a web process stays as it is."""
+    if _collector is not None:
+        return not _collector.settings.observe
+    return not observes(os.environ)
 
 
 def configure(settings: Settings) -> Collector:

@@ -91,6 +91,11 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str] | None = No
     return Settings(**values)
 
 
+def observes(environ: Mapping[str, str]) -> bool:
+    """False if the environment says `WAXELL_OBSERVE=false`, in any of its spellings."""
+    return environ.get("WAXELL_OBSERVE", "").strip().lower() not in _FALSE
+
+
 def is_loopback(url: str) -> bool:
     """True if the URL's host is this machine's loopback."""
     host = urlsplit(url).hostname or ""
@@ -140,7 +145,7 @@ def _boolean(name: str, value: object) -> bool:
     text = str(value).strip().lower()
     if text in ("1", "true", "yes", "on"):
         return True
-    if text in ("0", "false", "no", "off"):
+    if text in _FALSE:
         return False
     raise ConfigError(name, value, "expected true or false")
 
@@ -212,6 +217,7 @@ def _callable(name: str, value: object) -> Any:
     return value
 
 
+_FALSE = ("0", "false", "no", "off")
 _NOT_IN_ENVIRONMENT = frozenset({"redact"})
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "api_key": _key,

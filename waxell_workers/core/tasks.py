@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .collector import Collector, configured, current
+from .collector import Collector, configured, current, is_off
 from .config import FLUSH_POLICIES
 from .errors import ConfigError
 from .records import TaskLost
@@ -119,8 +119,7 @@ def lineage(previous: Mapping[str, Any]) -> dict[str, Any]:
 
     A message that is sent again (a retry) keeps its first parent and takes a new time.
     """
-    collector = configured()
-    if collector is not None and not collector.settings.observe:
+    if is_off():
         return {}
     carried = previous.get(HEADER)
     own: dict[str, Any] = dict(carried) if isinstance(carried, Mapping) else {}
