@@ -640,6 +640,34 @@ def signal_is_default(pid: int) -> bool:
     return not caught >> (signal.SIGTERM - 1) & 1
 
 
+def test_after_the_last_writer_s_death_the_server_is_asked_each_second(
+    server: FaultyServer, tmp_path: Path
+) -> None:
+    """A shipper that will leave after 30 s does not sleep through the server's return."""
+    server.mode("503")
+    init = f"waxell_workers.init(api_url={server.url!r}, spool_dir={str(tmp_path)!r}, shipper='external')"
+    code = f"import waxell_workers; {init}; waxell_workers.record_llm_call(model='m')"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+    [directory] = tmp_path.iterdir()
+    shipper = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from waxell_workers.core.config import Settings\n"
+            "from waxell_workers.core.shipper import Shipper\n"
+            f"Shipper(Settings(api_url={server.url!r}), {str(directory)!r}, stay=False).run()\n",
+        ],
+        env=environment(),
+    )
+    try:
+        assert server.wait_until(lambda: server.fired["503"] >= 8, 20)
+        server.mode("healthy")
+        assert server.wait_until(lambda: len(server.calls) == 1, 10)
+    finally:
+        shipper.kill()
+        shipper.wait()
+
+
 def test_starting_the_shipper_leaves_no_zombie(server: FaultyServer, destination: Destination) -> None:
     """A worker that lives has no dead children of ours."""
     worker = start_worker(

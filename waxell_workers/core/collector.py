@@ -244,8 +244,7 @@ class Collector:
         timeout = self.settings.flush_timeout if timeout is None else max(0.0, timeout)
         deadline = time.monotonic() + timeout
         dropped = self._new_drops()
-        counting = self._counting_pid == os.getpid()
-        recorded, confirmed = (self._recorded, self._confirmed) if counting else (0, 0)
+        recorded, confirmed = self._counts()
         directory = self.journal.directory
         if not self.active or not directory or (recorded == confirmed and not everybody):
             return FlushResult(0, 0, dropped)
@@ -256,10 +255,15 @@ class Collector:
         unconfirmed = max(1, recorded - confirmed)
         if answer is None:
             return FlushResult(0, unconfirmed, dropped)
-        if answer.pending == 0 and counting:
-            self._confirmed = recorded
+        if answer.pending == 0:
+            self._confirmed = max(self._confirmed, recorded)
         pending = unconfirmed if answer.pending < 0 else answer.pending
         return FlushResult(answer.delivered, pending, dropped + answer.dropped)
+
+    def _counts(self) -> tuple[int, int]:
+        """Return the records written and those known to be delivered, of this process alone."""
+        # A forked child has its parent's counts until its first record.
+        return (self._recorded, self._confirmed) if self._counting_pid == os.getpid() else (0, 0)
 
     def _new_drops(self) -> int:
         drops = sum(self.journal.dropped.values())
@@ -282,10 +286,11 @@ class Collector:
 
     def stats(self) -> Stats:
         """Return what this process has recorded and lost."""
+        recorded, confirmed = self._counts()
         return Stats(
-            recorded=self._recorded,
+            recorded=recorded,
             dropped=dict(self.journal.dropped),
-            pending=self._recorded - self._confirmed,
+            pending=recorded - confirmed,
             spool=self.journal.directory,
             shipper=self.shipper_kind() if self.active else "",
         )

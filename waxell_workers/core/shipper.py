@@ -43,7 +43,7 @@ _PAUSE_S = 60.0
 DRAIN_S = 30.0
 """How long a shipper goes on after the last writer's death."""
 _TERM_DRAIN_S = 3.0
-_FLUSH_EVERY_S = 1.0
+_HURRY_S = 1.0
 _TIDY_S = 60.0
 _QUARANTINE_BYTES = 16 << 20
 
@@ -279,17 +279,21 @@ class Shipper:
     def _procs_alive_or_stay(self) -> bool:
         return self._stay or self._procs.anyone_alive()
 
+    def _in_a_hurry(self) -> bool:
+        """True if somebody waits, or if we shall leave soon: nobody writes any more."""
+        return self._asked or not self._procs_alive_or_stay()
+
     def _may_send(self) -> bool:
         now = time.monotonic()
         if self._server.until > now:
-            # Somebody waits: one attempt a second is allowed, unless the server named a time.
-            return self._asked and not self._named_time and now - self._last_attempt >= _FLUSH_EVERY_S
+            # One attempt a second is allowed then, unless the server named a time.
+            return self._in_a_hurry() and not self._named_time and now - self._last_attempt >= _HURRY_S
         return True
 
     def _export(self) -> None:
         self._pending_since = time.monotonic()
         self._tracker.group_loose()
-        if self._asked:
+        if self._in_a_hurry():
             self._window.ignore_backoff()
         while True:
             taken = self._window.take(self._settings.flush_max_records)

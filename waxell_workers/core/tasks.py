@@ -186,7 +186,8 @@ def begin(attempt: Attempt) -> None:
     if slot is not None:
         older = _slots.get(slot)
         if older is not None and older.is_open:
-            older.leave()
+            if get_context() is older:
+                older.leave()
             older.end("interrupted")
         _slots[slot] = attempt.run
     attempt.run.start()
