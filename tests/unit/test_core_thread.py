@@ -132,3 +132,59 @@ def test_shutdown_tells_of_what_was_refused(server: FaultyServer, tmp_path: Path
         "print(waxell_workers.shutdown(20).dropped)\n"
     )
     assert run(server, tmp_path, code).stdout == "2\n"
+
+
+def test_a_fork_while_the_shipper_thread_imports_leaves_no_child_hanging(tmp_path: Path) -> None:
+    """A child that is forked in the shipper's first moments can import what the shipper imports."""
+    code = (
+        "import os, sys, waxell_workers\n"
+        f"waxell_workers.init(api_url='http://127.0.0.1:9', spool_dir={str(tmp_path)!r}, shipper='thread',"
+        " shutdown_timeout=0, capture=())\n"
+        "waxell_workers.record_llm_call(model='m')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    import httpx, pydantic, asyncio, genai_prices\n"
+        "    httpx.Client()\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert run.stdout == "0\n"
+
+
+def test_a_shipper_imports_nothing_after_its_preload(server: FaultyServer) -> None:
+    """What a fork waits for is all that there is to import: the first export finds everything there."""
+    code = (
+        "import sys, time\n"
+        "from waxell_workers.core.config import Settings\n"
+        "from waxell_workers.core.exporting import RunBatch, RunState\n"
+        "from waxell_workers.core.records import LLMCall, RunEnded, RunStarted\n"
+        "from waxell_workers.core.shipper import load_exporter, preload\n"
+        f"settings = Settings(api_url={server.url.replace('127.0.0.1', 'localhost')!r})\n"
+        "preload(settings)\n"
+        "before = set(sys.modules)\n"
+        "start = RunStarted(id='s', at=time.time(), run_id='r', agent_name='a')\n"
+        "call = LLMCall(id='c', at=time.time(), run_id='r', model='gpt-4o-mini', tokens_in=1)\n"
+        "end = RunEnded(id='e', at=time.time(), run_id='r')\n"
+        "batch = [RunBatch(RunState(start), [start, call, end])]\n"
+        "outcome = load_exporter(settings).export(batch, time.monotonic() + 10)\n"
+        "assert len(outcome.acknowledged) == 3, outcome\n"
+        "print(sorted(set(sys.modules) - before))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert run.stdout == "[]\n"

@@ -46,6 +46,9 @@ _DEFAULT_SIGNALS = (
     signal.SIGALRM,
 )
 
+_IMPORTS_S = 10.0
+"""The longest that a fork waits for a shipper thread's imports; more would be a deadlock of somebody's."""
+
 _intermediate: set[int] = set()
 _threads: dict[str, _ShipperThread] = {}
 _inherited: list[object] = []
@@ -109,10 +112,32 @@ class _ShipperThread(threading.Thread):
         from .shipper import Shipper
 
         self.pid = os.getpid()
+        self.loaded = threading.Event()
+        self._settings = settings
         self.shipper = Shipper(settings, directory, stay=True)
 
     def run(self) -> None:
+        from .shipper import preload
+
+        try:
+            preload(self._settings)
+        finally:
+            self.loaded.set()
         self.shipper.run()
+
+
+def _wait_for_imports() -> None:
+    """Let a fork wait while a shipper thread imports, once in its life.
+
+    A module that is being imported has a lock, held by the thread that imports it. A child that is forked
+    then has the lock and not the thread, and hangs for ever when it needs the module itself.
+    """
+    for thread in list(_threads.values()):
+        if thread.pid == os.getpid() and thread.is_alive() and thread is not threading.current_thread():
+            thread.loaded.wait(_IMPORTS_S)
+
+
+os.register_at_fork(before=_wait_for_imports)
 
 
 def _start_thread(settings: Settings, directory: str) -> None:

@@ -434,6 +434,12 @@ def load_exporter(settings: Settings) -> Exporter:
     return cast(Exporter, factory(settings))
 
 
+def preload(settings: Settings) -> None:
+    """Import all that shipping will need, by the `preload` of the exporter's module."""
+    module, _, _ = EXPORTERS[settings.exporter].partition(":")
+    importlib.import_module(module).preload()
+
+
 if __name__ == "__main__":
     from .foreground import main
 

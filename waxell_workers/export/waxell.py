@@ -7,6 +7,7 @@ raises for what a server or a network does, and nothing of a reply's text gets i
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import time
@@ -19,10 +20,12 @@ import httpx
 
 from ..core.config import Settings
 from ..core.exporting import Outcome, RunBatch
+from ..core.records import LLMCall
 from . import ingest
 from .answers import Answer, Verdict
 from .crew import Crew
 from .delivery import Closed, Delivery, Refusals
+from .prices import price
 from .rest import RunDelivery, SpanQueue
 from .transport import Transport
 
@@ -40,6 +43,14 @@ class _Shape:
     ingest_url: str
     """Empty for REST."""
     asked_at: float
+
+
+def preload() -> None:
+    """Import all that an export needs later: what httpx and genai-prices leave for their first use."""
+    for name in ("certifi", "encodings.idna", "h11", "httpcore", "stringprep"):
+        importlib.import_module(name)
+    price(LLMCall(id="", at=time.time(), model="gpt-4o", tokens_in=1))
+    httpx.Client().close()
 
 
 class WaxellExporter:
