@@ -9,7 +9,6 @@ import statistics
 import pytest
 
 from tests.faulty import FaultyServer
-from tests.harness import await_
 
 FAULTS = ["refuse", "503", "hang"]
 ROUNDS = 4
@@ -19,6 +18,8 @@ BATCH = 30
 PROMISED_RATIO = 1.2
 PROMISED_STOP_S = 3.0
 FLUSH_TIMEOUT_S = 2.0
+STOP_TASKS = 4
+MOST_STOPS = 3
 SUCCEEDED = re.compile(r"succeeded in ([0-9.e-]+)s")
 
 
@@ -73,18 +74,25 @@ def test_tasks_do_not_notice_and_nothing_is_lost(make_worker, faulty, fault):
 def test_the_worker_stops_in_time_and_everything_arrives_later(make_worker, faulty, fault, policy):
     """With a sick server, SIGTERM ends the worker at most 3 s later than with a healthy one.
 
-    Under `task`, the tasks that are still flushing are the worker's own work: they have their 2 s.
+    Under `task`, the tasks that are still flushing are the worker's own work: they have their 2 s. Celery's
+    own stop takes 2 to 4 s here; noise only adds, so that the quickest of a few pairs is the one that counts.
     """
-    seconds = {}
     worker = make_worker(faulty.url, WAXELL_FLUSH_INTERVAL="0.5", WAXELL_FLUSH=policy)
-    for mode in ("healthy", fault):
-        faulty.mode(mode)
-        worker.start("--pool", "prefork", "--concurrency", "2")
-        worker.send_many(4)
-        worker.await_received_results(4)
-        seconds[mode] = worker.terminate()
     own_work_s = FLUSH_TIMEOUT_S if policy == "task" else 0.0
-    assert seconds[fault] <= seconds["healthy"] + own_work_s + PROMISED_STOP_S, seconds
+    later_by = []
+    while not later_by or (min(later_by) > own_work_s + PROMISED_STOP_S and len(later_by) < MOST_STOPS):
+        faulty.mode("healthy")
+        healthy = seconds_to_stop(worker)
+        faulty.mode(fault)
+        later_by.append(seconds_to_stop(worker) - healthy)
+    assert min(later_by) <= own_work_s + PROMISED_STOP_S, later_by
     faulty.mode("healthy")
-    await_(lambda: len(faulty.runs) >= 8, "eight runs")
-    assert_all_arrive(faulty, 8)
+    assert_all_arrive(faulty, 2 * STOP_TASKS * len(later_by))
+
+
+def seconds_to_stop(worker):
+    """Run a worker with a few tasks; return how long it takes to end after SIGTERM."""
+    worker.start("--pool", "prefork", "--concurrency", "2")
+    worker.send_many(STOP_TASKS)
+    worker.await_received_results(STOP_TASKS)
+    return worker.terminate()

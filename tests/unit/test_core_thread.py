@@ -137,10 +137,11 @@ def test_shutdown_tells_of_what_was_refused(server: FaultyServer, tmp_path: Path
 def test_a_fork_while_the_shipper_thread_imports_leaves_no_child_hanging(tmp_path: Path) -> None:
     """A child that is forked in the shipper's first moments can import what the shipper imports."""
     code = (
-        "import os, sys, waxell_workers\n"
+        "import os, sys, time, waxell_workers\n"
         f"waxell_workers.init(api_url='http://127.0.0.1:9', spool_dir={str(tmp_path)!r}, shipper='thread',"
         " shutdown_timeout=0, capture=())\n"
         "waxell_workers.record_llm_call(model='m')\n"
+        "while 'pydantic' not in sys.modules: time.sleep(0.001)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    import httpx, pydantic, asyncio, genai_prices\n"
