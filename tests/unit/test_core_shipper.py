@@ -660,7 +660,7 @@ def test_after_the_last_writer_s_death_the_server_is_asked_each_second(
         env=environment(),
     )
     try:
-        assert server.wait_until(lambda: server.fired["503"] >= 8, 20)
+        await_(lambda: server.fired["503"] >= 8, "eight attempts", 20)
         server.mode("healthy")
         assert server.wait_until(lambda: len(server.calls) == 1, 10)
     finally:

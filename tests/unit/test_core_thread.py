@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faulty import FaultyServer
-from tests.harness import environment
+from tests.harness import await_, environment
 
 
 @pytest.fixture
@@ -189,3 +189,31 @@ def test_a_shipper_imports_nothing_after_its_preload(server: FaultyServer) -> No
         check=True,
     )
     assert run.stdout == "[]\n"
+
+
+def test_a_shutdown_does_not_sleep_through_the_server_s_return(server: FaultyServer, tmp_path: Path) -> None:
+    """After a long outage the last flush tries at once, whatever the backoff says."""
+    server.mode("503")
+    code = (
+        "import sys, waxell_workers\n"
+        f"waxell_workers.init(api_url={server.url!r}, spool_dir={str(tmp_path)!r}, capture=(),"
+        " shipper='thread', flush_interval=0.1)\n"
+        "waxell_workers.record_llm_call(model='m')\n"
+        "sys.stdin.readline()\n"
+        "print(bool(waxell_workers.shutdown(3)))\n"
+    )
+    script = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        await_(lambda: server.fired["503"] >= 5, "five failures", 60)
+        server.mode("healthy")
+        output, _ = script.communicate("\n", timeout=30)
+    finally:
+        script.kill()
+    assert output == "True\n"

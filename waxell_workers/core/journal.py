@@ -5,8 +5,8 @@ On disk, per destination, are numbered segments of NDJSON (`segments`). A record
     \n{"kind":"llm_call","id":"…",…}\n
 
 in **one** `os.write` on an `O_APPEND` descriptor: the kernel orders the writers, and the leading newline
-keeps a line that a dying writer tore from spoiling its neighbour. When `append` has returned a position,
-no death of a process loses the record.
+keeps a line that a dying writer tore from spoiling its neighbour. When `append` has returned True, no death
+of a process loses the record.
 
 Invariants:
 

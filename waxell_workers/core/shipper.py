@@ -280,8 +280,8 @@ class Shipper:
         return self._stay or self._procs.anyone_alive()
 
     def _in_a_hurry(self) -> bool:
-        """True if somebody waits, or if we shall leave soon: nobody writes any more."""
-        return self._asked or not self._procs_alive_or_stay()
+        """True if somebody waits, or if we shall leave soon: told to, or since nobody writes any more."""
+        return self._asked or self._stop_by is not None or not self._procs_alive_or_stay()
 
     def _may_send(self) -> bool:
         now = time.monotonic()
@@ -321,45 +321,45 @@ class Shipper:
     def _settle(self, taken: dict[str, list[Entry]], outcome: Outcome) -> bool:
         """Take the outcome to heart; true if it is worth going on at once."""
         done: list[str] = []
+        left: list[str] = []
         waiters = self._listener.waiters() if self._listener is not None else []
         only_failing = all(self._window.has_failed(run_id) for run_id in taken)
         for run_id, entries in taken.items():
-            ids = {
-                entry.id
-                for entry in entries
-                if entry.id in outcome.acknowledged or entry.id in outcome.rejected
-            }
-            for entry in entries:
-                if entry.id not in ids:
-                    continue
+            settled = [
+                entry for entry in entries if entry.id in outcome.acknowledged | outcome.rejected.keys()
+            ]
+            for entry in settled:
+                record = cast(Record, entry.record)
                 if entry.id in outcome.rejected:
-                    self._quarantine(cast(Record, entry.record), outcome.rejected[entry.id])
+                    self._quarantine(record, outcome.rejected[entry.id])
+                    self._untold[entry.token] = self._untold.get(entry.token, 0) + 1
                     self.rejected += 1
                 else:
-                    self.delivered += 1
-                if entry.id in outcome.rejected:
-                    self._untold[entry.token] = self._untold.get(entry.token, 0) + 1
-                else:
                     _credit(waiters, entry)
-                self._tracker.delivered(run_id, cast(Record, entry.record))
+                    self.delivered += 1
+                self._tracker.delivered(run_id, record)
+            ids = {entry.id for entry in settled}
             self._window.arrived(run_id, ids)
             done += ids
             if len(ids) < len(entries):
                 self._tracker.changed(run_id)
-                self._window.failed(run_id, outcome.retry_after_s)
+                left.append(run_id)
         self._tracker.commit(done)
         self._tracker.delete_finished_segments()
-        self._note(outcome, progress=bool(done), only_failing=only_failing)
+        # What fails alone, while the server takes the rest, says nothing of the server.
+        server_fails = bool(outcome.error) and not done and (self._server.failures > 0 or not only_failing)
+        if not server_fails:
+            for run_id in left:
+                self._window.failed(run_id, outcome.retry_after_s)
+        self._note(outcome, server_fails=server_fails)
         return bool(done) and not outcome.paused and not outcome.error
 
-    def _note(self, outcome: Outcome, *, progress: bool, only_failing: bool) -> None:
+    def _note(self, outcome: Outcome, *, server_fails: bool) -> None:
         self._named_time = outcome.retry_after_s is not None or bool(outcome.paused)
         if outcome.paused:
             self._server.until = time.monotonic() + _PAUSE_S
-        elif outcome.error and not progress:
-            # What fails alone, while the server takes the rest, says nothing of the server.
-            if self._server.failures or not only_failing:
-                self._server.fail(outcome.retry_after_s)
+        elif server_fails:
+            self._server.fail(outcome.retry_after_s)
         else:
             self._server.clear()
         trouble = outcome.paused or outcome.error
