@@ -102,7 +102,7 @@ def drain_here(settings: Settings, directory: str, deadline: float) -> FlushResu
     delivered, rejected = own.delivered, own.rejected
     own.stop(deadline)
     thread.join(max(0.0, deadline - time.monotonic()))
-    pending = max(own.pending, thread.is_alive())
+    pending = max(own.pending, int(thread.is_alive()))
     return FlushResult(own.delivered - delivered, pending, own.rejected - rejected)
 
 

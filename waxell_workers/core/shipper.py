@@ -108,10 +108,10 @@ class Shipper:
         try:
             if self._stop_by is None:  # else nobody has the time to ask
                 self._listen()
-            self._live()
-            while not self._leave():
+            time_is_up = self._live()
+            while not self._leave(time_is_up):
                 self._listen()
-                self._live()
+                time_is_up = self._live()
         except NewerJournal as error:
             logger.warning("%s: leaving the journal to a newer shipper", error)
             self.unreadable = True
@@ -157,15 +157,18 @@ class Shipper:
         listener = Listener(self._directory, self._wake.set)
         self._listener = listener if listener.start() else None
 
-    def _leave(self) -> bool:
+    def _leave(self, time_is_up: bool) -> bool:
         """Take no more requests, look once more; true if there is really nothing left for us to do."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
         self._read()
-        if self._stop_by is None and self._procs.anyone_alive():
+        if time_is_up:
+            return True
+        someone_alive = self._procs.anyone_alive()
+        if not self._is_drained() or (self._stop_by is None and someone_alive):
             return False
-        if self._is_drained() and not self._procs.anyone_alive():
+        if not someone_alive:
             self._leave_no_content()
         return True
 
@@ -184,18 +187,23 @@ class Shipper:
         self._ledger.close()
         ship_lock(self._directory).release()
 
-    def _live(self) -> None:
+    def _live(self) -> bool:
+        """Go round until there is nothing left to do; true if time is up before that."""
         last_alive = time.monotonic()
         while True:
             self._round()
             now = time.monotonic()
             if self._stop_by is not None:
-                if now >= self._stop_by or (self._is_drained() and not self._owes_an_end()):
-                    return
+                if self._is_drained() and not self._owes_an_end():
+                    return False
+                if now >= self._stop_by:
+                    return True
             elif self._procs.anyone_alive() or self._stay:
                 last_alive = now
-            elif self._is_finished() or now - last_alive > (_TERM_DRAIN_S if self._terminated else DRAIN_S):
-                return
+            elif self._is_finished():
+                return False
+            elif now - last_alive > (_TERM_DRAIN_S if self._terminated else DRAIN_S):
+                return True
             if self._stay and self._terminated and self._stop_by is None:
                 self.stop(now + _TERM_DRAIN_S)
             self._sleep()
@@ -259,7 +267,7 @@ class Shipper:
         """Records that have not arrived, as far as they were read; at least 1 where some were not."""
         if self.unreadable or not self._opened:
             return 1
-        return max(not self._read_all, self._known)
+        return max(int(not self._read_all), self._known)
 
     @property
     def _known(self) -> int:
