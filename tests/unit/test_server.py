@@ -368,16 +368,36 @@ class TestRest:
             assert client.post(f"{API}/runs/r/llm-calls/", {"calls": calls}).status_code == 400
         assert client.run("r")["calls"] == []
 
-    def test_every_policy_check_allows(self, client: Client) -> None:
-        """There are no policies here."""
-        assert client.post(f"{API}/policy-check/", {"agent_name": "a"}).json() == {
-            "action": "allow",
-            "reason": "",
-            "metadata": {},
-            "evaluations": [],
-        }
-        manifest = client.get(f"{API}/policy-manifest/?agent_name=a").json()
-        assert (manifest["checkpoints"], manifest["surfaces"], manifest["policies"]) == ([], {}, [])
+    def test_fields_of_tomorrow_are_ignored(self, client: Client) -> None:
+        """A newer client may send more than this server knows, at any level: the rest is taken."""
+        more = {"invented": {"deep": [1]}, "another": None}
+        run_id = client.post(f"{API}/runs/start/", {"agent_name": "a"} | more).json()["run_id"]
+        run = f"{API}/runs/{run_id}"
+        for path, records in (
+            ("llm-calls", {"calls": [{"model": "m"} | more]}),
+            ("steps", {"steps": [{"step_name": "s"} | more]}),
+            ("spans", {"spans": [{"name": "p"} | more]}),
+            ("scores", {"scores": [{"name": "c"} | more]}),
+            ("complete", {"status": "success"}),
+        ):
+            assert client.post(f"{run}/{path}/", records | more).status_code == 200
+        found = client.run(run_id)
+        assert [len(found[name]) for name in ("calls", "steps", "spans", "scores")] == [1, 1, 1, 1]
+        assert (found["status"], found["metadata"]) == ("success", {})
+
+    def test_a_price_that_the_platforms_client_does_not_know_is_not_nought(self, client: Client) -> None:
+        """It sends 0.0 in call and span alike; a streamed call is one by its span alone."""
+        run_id = client.post(f"{API}/runs/start/", {"agent_name": "a"}).json()["run_id"]
+        sizes = {"model": "new-model", "tokens_in": 3, "tokens_out": 4}
+        call = sizes | {"cost": 0.0, "task": "chat.stream (openai)"}
+        client.post(f"{API}/runs/{run_id}/llm-calls/", {"calls": [call]})
+        facts = sizes | {"cost": 0.0, "gen_ai.is_streaming": True, "gen_ai.provider.name": "openai"}
+        span = {"name": "chat", "kind": "llm", "position": 1, "duration_ms": None, "attributes": facts}
+        client.post(f"{API}/runs/{run_id}/spans/", {"spans": [span]})
+        found = client.run(run_id)
+        assert (found["cost_usd"], found["calls"][0]["cost_usd"]) == (None, None)
+        assert found["calls"][0]["metadata"] == {"streamed": True}
+        assert found["calls"][0]["provider"] == "openai"
 
 
 class TestIngest:

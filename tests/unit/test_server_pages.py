@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from waxell_workers.core.records import STATES
-from waxell_workers.server import Store, create_app
+from waxell_workers.server import Store, create_app, rest
 from waxell_workers.server.ingest import ingest
-from waxell_workers.server.views import ago, cost, count, duration, facts, shorten
+from waxell_workers.server.views import ago, cost, count, duration, facts, offset, shorten
 
 NOW = time.time() - 3600
 
@@ -199,6 +199,104 @@ def test_a_run_with_very_many_calls_can_be_looked_at(store: Store) -> None:
     assert "The first 500 of 600 calls" in html
 
 
+def add_spans(store: Store, run_id: str, *spans: dict[str, Any]) -> None:
+    """Send spans as a REST client does."""
+    with store.write() as writer:
+        rest.add_spans(rest.RunRequest(writer, run_id, {"spans": list(spans)}, NOW))
+
+
+def rows_of(html: str, table: str) -> list[str]:
+    """Return the rows of the table of this class, as text."""
+    [found] = re.findall(rf'<table class="{table}">.*?<tbody>(.*?)</tbody>', html, re.S)
+    return [Page(row).words() for row in re.findall(r"<tr>.*?</tr>", found, re.S)]
+
+
+def test_spans_are_a_tree_with_offset_and_duration(store: Store) -> None:
+    """Given nested spans, when the run is shown, then children follow their parent, indented, with times."""
+    send(store, started("r"))
+    add_spans(
+        store,
+        "r",
+        {"name": "the run", "kind": "agent", "status": "error", "position": 0, "duration_ms": 1500}
+        | {"attributes": {"error.type": "ValueError", "error.message": "no"}},
+        {"name": "first", "kind": "chain", "status": "ok", "position": 1, "start_offset_ms": 20},
+        {"name": "second", "kind": "tool", "status": "ok", "position": 2, "start_offset_ms": 900}
+        | {"input_data": {"q": "why"}, "output_data": "because", "duration_ms": 40},
+        {"name": "in first", "kind": "llm", "status": "ok", "position": 3, "parent_position": 1}
+        | {"start_offset_ms": 30, "events": [{"name": "exception"}]},
+    )
+    html = get(store, "/runs/r").text
+    rows = rows_of(html, "spans")
+    assert [row.split()[0] for row in rows] == ["the", "first", "in", "second"]
+    assert re.findall(r'<div class="indent-(\d+)">', html) == ["0", "1", "2", "1"]
+    for row, expected in zip(
+        rows,
+        (
+            ("the run", "agent", "error", "1.5 s", "ValueError: no"),
+            ("first", "chain", "+20 ms", "\u2013"),
+            ("in first", "llm", "+30 ms", "exception"),
+            ("second", "tool", "+900 ms", "40 ms", "because", '"q": "why"'),
+        ),
+        strict=True,
+    ):
+        for text in expected:
+            assert text in row
+    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)" width="([\d.]+)"', html)
+    assert bars[0] == ("bad", "0.0", "100.0")
+    assert bars[3] == ("good", "60.0", "2.67")
+    assert not any(value.startswith("span-") for tag, name, value in Page(html).attributes if name == "open")
+
+
+def test_scores_are_shown_with_value_type_and_comment(store: Store) -> None:
+    """Given scores of each type, when the run is shown, then each is a row; without any there is no table."""
+    send(store, started("r"), started("none"))
+    with store.write() as writer:
+        for name, data_type, value in (("helpful", "numeric", 0.5), ("tone", "categorical", "kind")):
+            writer.score("r", name=name, data_type=data_type, value=value, comment="so so")
+        writer.score("r", name="empty", data_type="numeric", value=None, comment="")
+    rows = rows_of(get(store, "/runs/r").text, "scores")
+    assert rows == ["helpful 0.5 numeric so so", "tone kind categorical so so", "empty numeric"]
+    words = Page(get(store, "/runs/none").text).words()
+    assert "Scores" not in words
+    assert "Spans" not in words
+
+
+def test_steps_show_their_output_in_short_and_in_full(store: Store) -> None:
+    """Given a step with a long output, when the run is shown, then its line is cut, the whole is folded."""
+    text = "word " * 60 + "end"
+    send(
+        store,
+        started("r"),
+        *(
+            {"kind": "step", "id": f"st{n}", "at": NOW, "run_id": "r", "name": name, "output": output}
+            for n, (name, output) in enumerate((("load", {"text": text}), ("done", None)))
+        ),
+    )
+    html = get(store, "/runs/r").text
+    [summary] = re.findall(r'<details id="step-1">\s*<summary>(.*?)</summary>', html, re.S)
+    assert "load" in summary
+    assert "…" in summary
+    assert len(Page(summary).words()) < 120
+    assert text in Page(html).words()
+    assert 'id="step-2"' not in html  # nothing to unfold
+
+
+def test_a_run_with_very_many_spans_can_be_looked_at(store: Store) -> None:
+    """Given more spans and scores than fit, when the run is shown, then the first are, and it says so."""
+    send(store, started("r"))
+    add_spans(store, "r", *({"name": f"s{n}", "position": n, "parent_position": n - 1} for n in range(700)))
+    with store.write() as writer:
+        for n in range(600):
+            writer.score("r", name=f"n{n}", data_type="numeric", value=n, comment="")
+    html = get(store, "/runs/r").text
+    assert len(rows_of(html, "spans")) == len(rows_of(html, "scores")) == 500
+    assert "The first 500 of 700 spans" in html
+    assert "The first 500 of 600 scores" in html
+    assert set(re.findall(r'class="indent-(\d+)"', html)) == {str(n) for n in range(13)}
+    style = get(store, "/static/style.css").text
+    assert all(f".indent-{n} " in style for n in range(1, 13))
+
+
 def test_an_unknown_run_is_a_page_with_a_way_back(store: Store) -> None:
     """For people, in HTML; and the name of the run is not repeated."""
     answer = get(store, "/runs/%3Cscript%3E")
@@ -254,8 +352,14 @@ def test_nothing_that_a_client_sent_is_markup(store: Store) -> None:
         )
         with store.write() as writer:
             writer.score(r, name=text, data_type=text, value=text, comment=text)
-            columns = {"name": text, "kind": text, "status": text, "attributes": json.dumps(deep)}
-            writer.span(r, columns)
+        failed = {"error.type": text, "error.message": text}
+        data = {"input_data": deep, "output_data": text, "events": [deep], "attributes": deep | failed}
+        add_spans(
+            store,
+            r,
+            {"name": text, "kind": text, "status": text, "position": 1} | data,
+            {"name": text, "kind": text, "status": text, "position": 2, "parent_position": 1},
+        )
 
     fill("harmless", "1")
     harmless = [Page(get(store, path).text) for path in ("/runs/r1", f"/?agent={quote('harmless')}")]
@@ -275,6 +379,64 @@ def test_nothing_that_a_client_sent_is_markup(store: Store) -> None:
     for query in ("status", "agent", "before"):
         page = Page(get(store, f"/?{query}={quote(EVIL)}").text)
         assert (page.tags.count("script"), page.tags.count("img")) == (1, 1)
+
+
+SHOWN_TEXT = [
+    ("span", {"name": EVIL}),
+    ("span", {"kind": EVIL}),
+    ("span", {"status": EVIL}),
+    ("span", {"input_data": EVIL}),
+    ("span", {"output_data": {EVIL: [EVIL]}}),
+    ("span", {"attributes": {EVIL: EVIL}}),
+    ("span", {"attributes": {"error.type": EVIL}}),
+    ("span", {"attributes": {"exception.message": EVIL}}),
+    ("span", {"events": [{"name": EVIL, "attributes": {EVIL: EVIL}}]}),
+    ("score", {"name": EVIL}),
+    ("score", {"data_type": EVIL}),
+    ("score", {"comment": EVIL}),
+    ("score", {"string_value": EVIL}),
+    ("step", {"step_name": EVIL}),
+    ("step", {"output": EVIL}),
+    ("step", {"output": {EVIL: [EVIL]}}),
+]
+NUMBERS = [
+    *(("span", {name: EVIL}) for name in ("start_offset_ms", "duration_ms", "position", "parent_position")),
+    ("score", {"numeric_value": EVIL}),
+    ("step", {"position": EVIL}),
+]
+ADD = {"span": rest.add_spans, "score": rest.add_scores, "step": rest.add_steps}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "shown"),
+    [
+        pytest.param(kind, fields, shown, id=f"{kind}-{n}-{next(iter(fields))[:20]}")
+        for shown, cases in ((True, SHOWN_TEXT), (False, NUMBERS))
+        for n, (kind, fields) in enumerate(cases)
+    ],
+)
+def test_no_field_of_a_rest_record_is_markup(
+    store: Store, kind: str, fields: dict[str, Any], shown: bool
+) -> None:
+    """Given hostile text in one field, when the run is shown, then it is text; a number is never shown so."""
+
+    def page_with(run_id: str, record: dict[str, Any]) -> Page:
+        send(store, started(run_id))
+        with store.write() as writer:
+            ADD[kind](rest.RunRequest(writer, run_id, {f"{kind}s": [record]}, NOW))
+        html = get(store, f"/runs/{run_id}").text
+        assert "<script>alert" not in html
+        assert f"{kind.capitalize()}s" in Page(html).text
+        return Page(html)
+
+    named = {"step_name" if kind == "step" else "name": "n"}
+    tame = page_with("tame", named | json.loads(json.dumps(fields).replace(json.dumps(EVIL)[1:-1], "tame")))
+    wild = page_with("wild", named | fields)
+    assert wild.tags == tame.tags
+    assert [(tag, name) for tag, name, _ in wild.attributes] == [
+        (tag, name) for tag, name, _ in tame.attributes
+    ]
+    assert ("alert(1)" in "".join(wild.text)) is shown
 
 
 def test_pages_need_nothing_from_elsewhere(store: Store) -> None:
@@ -318,6 +480,7 @@ def test_money_counts_and_times_read_well() -> None:
         "< $0.000001",
     ]
     assert count(1_234_567) == "1\u202f234\u202f567"
+    assert [offset(ms) for ms in (None, 0, 30, 1500, -5)] == ["\u2013", "0", "+30 ms", "+1.5 s", "\u22125 ms"]
     assert ago("1970-01-01T00:00:00.000+00:00").endswith("d ago")
     assert ago("9999-01-01T00:00:00.000+00:00") == "in the future"
     assert shorten("one\ntwo") == "one"

@@ -15,6 +15,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from .api import Api
+from .governance import Governance
 from .guard import Guard
 from .pages import Pages
 from .protocol import Protocol
@@ -23,6 +24,9 @@ from .store import Store
 logger = logging.getLogger("waxell_workers.server")
 
 HERE = Path(__file__).parent
+
+_CLIENTS = "/api/v1/"
+"""Where clients send to. They log a refusal, or nothing; whoever runs the server should see it too."""
 
 
 def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback: bool = True) -> Starlette:
@@ -43,6 +47,8 @@ def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback
         if isinstance(error, sqlite3.Error):  # a full disk, a locked file: worth another try later
             logger.error("the database refuses: %s", error)
             status, detail = 503, f"the database refuses: {error}"
+        if request.url.path.startswith(_CLIENTS) and status < 500:
+            logger.warning("refused %s %.200r: %d, %.200r", request.method, request.url.path, status, detail)
         if request.url.path.startswith("/api/"):
             return JSONResponse({"error": detail}, status, headers)
         return pages.error(request, status, detail)
@@ -50,6 +56,7 @@ def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback
     return Starlette(
         routes=[
             *Protocol(store, ingest=ingest).routes(),
+            *Governance(store).routes(),
             *Api(store).routes(),
             *pages.routes(),
             Mount("/static", StaticFiles(directory=HERE / "static"), name="static"),

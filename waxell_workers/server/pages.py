@@ -19,11 +19,12 @@ from starlette.routing import Route
 
 from .model import RUNNING
 from .store import Store
+from .tree import span_rows
 from .views import FILTERS
 
 PAGE_SIZE = 50
 SHOWN = 500
-"""How many calls, steps and spans of one run a page shows; the JSON API has all of them."""
+"""How many calls, steps, spans and scores of one run a page shows; the JSON API has all of them."""
 
 _STATUSES = ("running", "success", "error", "retry", "killed", "interrupted")
 """The order in which statuses stand above the list; any other follows by name."""
@@ -105,6 +106,7 @@ class Pages:
             "run.html",
             run=run,
             live=run["status"] == RUNNING,
+            span_rows=span_rows(run["spans"])[:SHOWN],
             attempts=attempts if len(attempts) > 1 else [],
             children=children,
             parent=parent,

@@ -1,8 +1,8 @@
-"""The platform's HTTP protocol, as far as runs go, and our ingest beside it.
+"""The platform's HTTP protocol, as far as runs go, and our ingest beside it; the rest of it is `governance`.
 
 Paths, fields and replies are those that the public client waxell-observe 0.1.10 sends and reads. It sends no
 times and no ids: arrival counts. Our own client adds both, in `metadata.waxell`, `result.waxell` and
-`waxell.*` attributes of spans, and is believed. Policies are not kept here: every check allows.
+`waxell.*` attributes of spans, and is believed. Fields that are unknown are ignored.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from . import rest
 from .body import parse_object, receive, unpack
+from .daily import daily
 from .ingest import ingest
 from .store import Store
 
@@ -42,13 +43,12 @@ class Protocol:
         routes = [
             Route(f"{PREFIX}/config/", self.config, methods=["GET"]),
             Route(f"{PREFIX}/runs/start/", self.start, methods=["POST"]),
+            Route(f"{PREFIX}/runs/daily/", self.daily, methods=["POST"]),
             Route(f"{run}/llm-calls/", self._of_run(rest.add_calls), methods=["POST"]),
             Route(f"{run}/steps/", self._of_run(rest.add_steps), methods=["POST"]),
             Route(f"{run}/spans/", self._of_run(rest.add_spans), methods=["POST"]),
             Route(f"{run}/scores/", self._of_run(rest.add_scores), methods=["POST"]),
             Route(f"{run}/complete/", self._of_run(rest.complete), methods=["POST"]),
-            Route(f"{PREFIX}/policy-check/", self.policy_check, methods=["POST"]),
-            Route(f"{PREFIX}/policy-manifest/", self.policy_manifest, methods=["GET"]),
         ]
         if self._ingest:
             routes.append(Route(INGEST_PATH, self.ingest, methods=["POST"]))
@@ -68,21 +68,18 @@ class Protocol:
 
         return JSONResponse(await run_in_threadpool(work))
 
+    async def daily(self, request: Request) -> JSONResponse:
+        """Give the run of an agent's day."""
+        body = await receive(request)
+        return JSONResponse(
+            await run_in_threadpool(lambda: daily(self._store, parse_object(body), time.time()))
+        )
+
     async def ingest(self, request: Request) -> JSONResponse:
         """Take a batch of journal records."""
         body = await receive(request)
         encoding = request.headers.get("content-encoding", "")
         return JSONResponse(await run_in_threadpool(lambda: ingest(self._store, unpack(body, encoding))))
-
-    async def policy_check(self, request: Request) -> JSONResponse:
-        """Allow."""
-        parse_object(await receive(request))
-        return JSONResponse({"action": "allow", "reason": "", "metadata": {}, "evaluations": []})
-
-    async def policy_manifest(self, _: Request) -> JSONResponse:
-        """Answer that there are no policies."""
-        manifest: Reply = {"manifest_version": "local", "ttl_seconds": 3600}
-        return JSONResponse(manifest | {"checkpoints": [], "surfaces": {}, "policies": []})
 
     def _of_run(self, action: Callable[[rest.RunRequest], Reply]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> JSONResponse:

@@ -61,6 +61,11 @@ def run(db: sqlite3.Connection, run_id: str) -> RunDetail | None:
     return detail
 
 
+def has_run(db: sqlite3.Connection, run_id: str) -> bool:
+    """Tell whether anything of this run is stored."""
+    return db.execute("SELECT 1 FROM runs WHERE run_id = ?", (run_id,)).fetchone() is not None
+
+
 def attempts(db: sqlite3.Connection, task_id: str) -> list[RunSummary]:
     """Return the runs of one task, oldest first."""
     if not task_id:

@@ -136,6 +136,11 @@ class Store:
         with self.read() as connection:
             return queries.run(connection, run_id)
 
+    def has_run(self, run_id: str) -> bool:
+        """Tell whether anything of this run is stored."""
+        with self.read() as connection:
+            return queries.has_run(connection, run_id)
+
     def related(self, run: RunDetail) -> tuple[list[RunSummary], list[RunSummary]]:
         """Return the attempts of the run's task (itself included, oldest first) and the runs it started."""
         with self.read() as connection:

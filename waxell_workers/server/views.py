@@ -6,7 +6,8 @@ import json
 from datetime import datetime, timezone
 from typing import Any
 
-from .model import RUNNING
+from .model import RUNNING, Span
+from .values import error_line
 
 ABSENT = "\N{EN DASH}"
 
@@ -56,6 +57,13 @@ def duration(value_ms: float | None) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def offset(value_ms: float | None) -> str:
+    """Write how long after the beginning something was."""
+    if not value_ms:
+        return ABSENT if value_ms is None else "0"
+    return f"+{duration(value_ms)}" if value_ms > 0 else f"\N{MINUS SIGN}{duration(-value_ms)}"
+
+
 def cost(value_usd: float | None) -> str:
     """Write US dollars with as many digits as say something."""
     if value_usd is None:
@@ -102,6 +110,20 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
 
 
+def one_line(value: Any, length: int) -> str:
+    """Write a value on one line, cut at `length` characters, visibly."""
+    return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), length)
+
+
+def span_error(span: Span) -> str:
+    """Return what a span says about its failure, or nothing."""
+    told = span["attributes"]
+    return error_line(
+        told.get("error.type") or told.get("exception.type"),
+        told.get("error.message") or told.get("exception.message"),
+    )
+
+
 def facts(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return metadata in reading order: the task's own facts, then the rest by name; none that is empty."""
     known = [name for name in _FACTS if name in metadata]
@@ -112,11 +134,14 @@ def facts(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
 FILTERS = {
     "status_class": status_class,
     "duration": duration,
+    "offset": offset,
     "cost": cost,
     "count": count,
     "ago": ago,
     "absolute": absolute,
     "shorten": shorten,
     "as_text": as_text,
+    "one_line": one_line,
+    "span_error": span_error,
     "facts": facts,
 }

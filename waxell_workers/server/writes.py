@@ -137,6 +137,11 @@ class Writer:
         )
         return changed.rowcount > 0
 
+    def started_at(self, run_id: str) -> float:
+        """Return when a run that is stored began, in Unix seconds."""
+        row = self._db.execute("SELECT started_at FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        return float(row[0])
+
     def duration_s(self, run_id: str) -> float:
         """Return how long a run took, in seconds; 0 while it runs."""
         row = self._db.execute(
@@ -251,6 +256,8 @@ class Writer:
         self, run_id: str, call: sqlite3.Row, facts: dict[str, Any], duration_ms: float | None
     ) -> None:
         metadata = loads(call["metadata"]) | mapping(facts.get("waxell.metadata"))
+        if facts.get("gen_ai.is_streaming") is True:
+            metadata["streamed"] = True
         told = {
             "call_id": text(facts.get("waxell.call_id")),
             "started_at": moment(facts.get("waxell.started_at"), LATEST),
@@ -265,7 +272,8 @@ class Writer:
         }
         known = {name: value for name, value in told.items() if value not in (None, "", 0)} | {"span": 1}
         cost = amount(facts.get("cost"))
-        if call["cost_usd"] is None and cost is not None:  # the call itself says 0.0 for a price not known
+        # 0.0 is a price not known, in a call; in a span too, but for our own client's, which leaves it out
+        if call["cost_usd"] is None and (cost or (cost == 0 and "waxell.call_id" in facts)):
             known["cost_usd"] = cost
             self._db.execute(
                 "UPDATE runs SET cost_usd = coalesce(cost_usd, 0) + ? WHERE run_id = ?", (cost, run_id)
