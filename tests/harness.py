@@ -46,7 +46,7 @@ def await_(condition: Callable[[], Any], what: str, timeout_s: float = DELIVERY_
 
 def environment(**more: str) -> dict[str, str]:
     """Return this process's environment without anything that would configure what is under test."""
-    foreign = ("WAXELL_", "OPENAI_", "CELERY_", "OTEL_", "PYTEST_")
+    foreign = ("WAXELL_", "WAX_", "OPENAI_", "CELERY_", "OTEL_", "PYTEST_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return (
         kept | {"PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "unset", "NO_PROXY": "127.0.0.1,localhost"} | more

@@ -8,9 +8,10 @@ from typing import Any
 from . import capture as capturing
 from .core import collector as collecting
 from .core.collector import Collector, Stats, configure, current
-from .core.config import Redactor, resolve
+from .core.config import resolve
 from .core.flush import FlushResult
 from .core.runs import current_run_id, told_call
+from .core.values import Redactor
 
 
 def init(

@@ -13,7 +13,7 @@ import pytest
 import waxell_workers
 from tests.harness import environment
 from waxell_workers.core import collector as collecting
-from waxell_workers.core.config import DEFAULT_API_URL, Settings, is_loopback, resolve
+from waxell_workers.core.config import DEFAULT_API_URL, Settings, is_loopback, origins, resolve
 from waxell_workers.core.errors import ConfigError, WaxellWorkersError
 
 KEY = "wax_sk_verysecret"
@@ -270,3 +270,123 @@ def test_the_import_is_light() -> None:
         check=True,
     )
     assert done.stdout.strip() == "[]"
+
+
+PROFILES = """
+[wax]
+profile = active
+
+[first]
+api_key = key-of-first
+
+[default]
+api_key = key-of-default
+api_url = https://default.example/
+
+[active]
+api_key = key-of-active
+api_url = https://active.example
+capture_content = true
+otel_endpoint = https://not-ours.example
+"""
+
+
+def home(directory: Path, text: str, **environ: str) -> dict[str, str]:
+    """Return the environment of a person whose `~/.waxell/config` has this text."""
+    (directory / ".waxell").mkdir()
+    (directory / ".waxell" / "config").write_text(text)
+    return {"HOME": str(directory), **environ}
+
+
+def test_a_profile_counts_below_the_environment_and_that_below_an_argument(tmp_path: Path) -> None:
+    """Given all three, each setting comes from the strongest that has it, and `origins` says which."""
+    env = home(tmp_path, PROFILES, WAXELL_API_URL="https://env.example")
+    settings, whence = origins({"agent_name": "mine"}, env)
+    assert (settings.api_key, settings.api_url) == ("key-of-active", "https://env.example")
+    assert (settings.capture_content, settings.agent_name) == (True, "mine")
+    assert whence["api_key"] == whence["capture_content"] == "profile active"
+    assert (whence["api_url"], whence["agent_name"]) == ("WAXELL_API_URL", "argument")
+    assert whence["flush"] == "default"
+    assert whence.keys() == set(Settings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("drop", "wanted", "name"),
+    [
+        ("", "first", "first"),
+        ("", "", "active"),
+        ("[wax]\nprofile = active\n", "", "default"),
+        ("profile = active\n", "", "default"),
+        ("[active]", "", "default"),
+    ],
+)
+def test_the_profile_is_the_named_else_the_active_else_default(
+    tmp_path: Path, drop: str, wanted: str, name: str
+) -> None:
+    """As the platform's own tools choose: `WAX_PROFILE`, `wax config use`, `default`."""
+    env = home(tmp_path, PROFILES.replace(drop, "[other]" if drop == "[active]" else ""), WAX_PROFILE=wanted)
+    assert resolve({}, env).api_key == f"key-of-{name}"
+
+
+def test_a_single_profile_of_any_name_is_found(tmp_path: Path) -> None:
+    """Without a default, the first profile counts; without a URL of its own it is the platform's."""
+    settings = resolve({}, home(tmp_path, "[wax]\nprofile = gone\n[acme]\napi_key = k\n"))
+    assert (settings.api_key, settings.api_url) == ("k", DEFAULT_API_URL)
+
+
+def test_a_profile_that_is_not_there_sends_nothing_to_another_account(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Given a misspelt WAX_PROFILE, no profile is used, and the warning says which there are."""
+    settings = resolve({}, home(tmp_path, PROFILES, WAX_PROFILE="prod"))
+    assert not settings.configured
+    assert "prod" in caplog.text
+    assert "first, default, active" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", [f"{KEY}\n", f"[a]\napi_key = %({KEY})s", f"[a]\n[a]\napi_key={KEY}", "\udcff\udcfe"]
+)
+def test_a_file_that_cannot_be_read_is_no_profile_and_is_not_quoted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    """Given a damaged file, what the environment says still counts, and no line of the file is shown."""
+    env = home(tmp_path, "", WAXELL_API_URL=LOOPBACK)
+    (tmp_path / ".waxell" / "config").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert resolve({}, env) == Settings(api_url=LOOPBACK)
+    assert KEY not in caplog.text
+
+
+def test_a_wrong_value_in_a_profile_is_named_with_its_place(tmp_path: Path) -> None:
+    """The error says which line of which profile to mend, and never shows a key."""
+    with pytest.raises(ConfigError, match="api_url of profile a"):
+        resolve({}, home(tmp_path, "[a]\napi_url = ftp://host\n"))
+    (tmp_path / ".waxell" / "config").write_text(f"[a]\napi_key = {KEY}ä\n")
+    with pytest.raises(ConfigError, match="api_key of profile a") as caught:
+        resolve({}, {"HOME": str(tmp_path)})
+    assert KEY not in str(caught.value)
+
+
+def test_the_other_names_of_key_and_url_count_below_ours() -> None:
+    """The platform's `WAX_API_KEY` and `WAX_API_URL` are read too."""
+    env = {"WAX_API_KEY": "k", "WAX_API_URL": "https://a.example", "WAXELL_API_URL": "https://b.example"}
+    settings, whence = origins({}, env)
+    assert (settings.api_key, settings.api_url) == ("k", "https://b.example")
+    assert (whence["api_key"], whence["api_url"]) == ("WAX_API_KEY", "WAXELL_API_URL")
+
+
+def test_a_worker_ships_with_the_key_of_its_profile(tmp_path: Path) -> None:
+    """Given a profile alone, a process is configured by it, without a word of code."""
+    (tmp_path / ".waxell").mkdir()
+    (tmp_path / ".waxell" / "config").write_text(f"[default]\napi_url = {LOOPBACK}\napi_key = {KEY}\n")
+    code = "from waxell_workers.core.collector import current; print(current().active, current().settings)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("True")
+    assert LOOPBACK in done.stdout
+    assert KEY not in done.stdout + done.stderr

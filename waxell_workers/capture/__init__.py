@@ -13,9 +13,9 @@ import logging
 import sys
 from collections.abc import Callable
 
-from ..core.config import Redactor
 from ..core.content import is_interrupt
 from ..core.errors import ConfigError
+from ..core.values import Redactor
 from .calls import Listener, Sink
 from .imports import forget, is_being_imported, when_imported
 from .platform import platform_sdk_is_active

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.config import Redactor
 from ..core.content import redact_text
+from ..core.values import Redactor
 from . import semconv
 
 CONTENT_CHARACTERS = 10_000

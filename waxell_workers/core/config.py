@@ -1,7 +1,7 @@
-"""Settings: arguments over environment over defaults, checked once, frozen.
+"""Settings: arguments over environment over the platform's profile over defaults, checked once, frozen.
 
-Nothing here touches the disk, the network or another module's state. A wrong value is a `ConfigError`
-that names the setting; a key never appears in a message or a `repr`.
+Nothing here touches the network or another module's state, and the disk only for the profile. A wrong value
+is a `ConfigError` that names the setting; a key never appears in a message or a `repr`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ import hashlib
 import ipaddress
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
+from . import profiles
 from .errors import ConfigError
+from .values import FALSE, PARSERS, Redactor
 
 DEFAULT_API_URL = "https://api.waxell.dev"
-FLUSH_POLICIES = ("periodic", "task")
-SHIPPERS = ("auto", "process", "thread", "external")
-EXPORTERS = {"waxell": "waxell_workers.export.waxell:WaxellExporter"}
-"""Name of an exporter to `module:class`, imported by the shipper alone."""
-
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
 
-Redactor = Callable[[str], str]
+_PLATFORM_VARIABLES = {"api_key": ("WAX_API_KEY",), "api_url": ("WAX_API_URL",)}
+"""The platform's other names for its two variables."""
+_NOT_IN_ENVIRONMENT = frozenset({"redact"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +66,66 @@ class Settings:
 
 
 def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
-    """Make settings from arguments (None means: not given), the environment, and the defaults.
+    """Make settings from arguments (None means: not given), the environment, a profile, and the defaults.
 
     Raises:
         ConfigError: a value that cannot be used, or a platform that is not supported.
     """
+    return _resolve(arguments, environ)[0]
+
+
+def origins(
+    arguments: Mapping[str, Any], environ: Mapping[str, str] | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """Resolve, and tell where the value of each setting comes from.
+
+    That is `argument`, the variable's name, `profile` with its name, or `default`.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    settings, given = _resolve(arguments, environ)
+    return settings, {f.name: given.get(f.name, "default") for f in fields(Settings)}
+
+
+def _resolve(
+    arguments: Mapping[str, Any], environ: Mapping[str, str] | None
+) -> tuple[Settings, dict[str, str]]:
     if sys.platform not in ("linux", "darwin"):
         raise ConfigError("platform", sys.platform, "waxell-workers runs on Linux and macOS")
     env = os.environ if environ is None else environ
-    known = {f.name: f for f in fields(Settings)}
-    values: dict[str, Any] = {}
+    known = {f.name for f in fields(Settings)}
     for name, value in arguments.items():
         if name not in known:
             raise ConfigError(name, value, f"no such setting; there are {', '.join(sorted(known))}")
-        if value is not None:
-            values[name] = _PARSERS[name](name, value)
+    profile = profiles.read(env)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
     for name in known:
-        variable = f"WAXELL_{name.upper()}"
-        if name not in values and variable in env and name not in _NOT_IN_ENVIRONMENT and env[variable] != "":
-            values[name] = _PARSERS[name](variable, env[variable])
+        for label, source, value in _places(name, arguments, env, profile):
+            if value is not None:
+                values[name] = PARSERS[name](label, value)
+                origin[name] = source
+                break
     if not values.get("api_url") and values.get("api_key"):
         values["api_url"] = DEFAULT_API_URL
-    return Settings(**values)
+    return Settings(**values), origin
+
+
+def _places(
+    name: str, arguments: Mapping[str, Any], env: Mapping[str, str], profile: profiles.Profile
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield where a setting may be, the strongest first: its name there, the place, the value or None."""
+    yield name, "argument", arguments.get(name)
+    if name not in _NOT_IN_ENVIRONMENT:
+        for variable in (f"WAXELL_{name.upper()}", *_PLATFORM_VARIABLES.get(name, ())):
+            yield variable, variable, env.get(variable) or None
+    yield f"{name} of profile {profile.name}", f"profile {profile.name}", profile.values.get(name)
 
 
 def observes(environ: Mapping[str, str]) -> bool:
     """False if the environment says `WAXELL_OBSERVE=false`, in any of its spellings."""
-    return environ.get("WAXELL_OBSERVE", "").strip().lower() not in _FALSE
+    return environ.get("WAXELL_OBSERVE", "").strip().lower() not in FALSE
 
 
 def is_loopback(url: str) -> bool:
@@ -105,136 +137,3 @@ def is_loopback(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(name, value, "expected a string")
-    return value.strip()
-
-
-def _path(name: str, value: object) -> str:
-    text = _text(name, value)
-    return os.path.abspath(os.path.expanduser(text)) if text else ""
-
-
-def _key(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip().isascii() or not value.strip().isprintable():
-        raise ConfigError(name, "…", "expected a printable ASCII string")
-    return value.strip()
-
-
-def _url(name: str, value: object) -> str:
-    allowed = "expected an http:// or https:// URL with a host"
-    text = _text(name, value).rstrip("/")
-    try:
-        parts = urlsplit(text)
-        parts.port  # noqa: B018  a property that raises on a bad port
-    except ValueError:
-        raise ConfigError(name, "…" if "@" in text else value, allowed) from None
-    if parts.username or parts.password or "@" in parts.netloc:
-        raise ConfigError(name, f"{parts.scheme}://…@{parts.hostname}", "expected a URL without credentials")
-    if text and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise ConfigError(name, value, allowed)
-    return text
-
-
-def _boolean(name: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in _FALSE:
-        return False
-    raise ConfigError(name, value, "expected true or false")
-
-
-def _seconds(name: str, value: object) -> float:
-    allowed = "expected a number of seconds from 0 to 3600"
-    if isinstance(value, bool):
-        raise ConfigError(name, value, allowed)
-    try:
-        number = float(value)  # type: ignore[arg-type]  # anything that float() refuses is refused here
-    except (TypeError, ValueError):
-        raise ConfigError(name, value, allowed) from None
-    if not 0 <= number <= 3600:
-        raise ConfigError(name, value, allowed)
-    return number
-
-
-def _interval(name: str, value: object) -> float:
-    number = _seconds(name, value)
-    if number <= 0:
-        raise ConfigError(name, value, "expected a number of seconds above 0, at most 3600")
-    return number
-
-
-def _count(name: str, value: object) -> int:
-    allowed = "expected a whole number from 1 to 100000"
-    try:
-        number = int(value)  # type: ignore[call-overload]  # anything that int() refuses is refused here
-    except (TypeError, ValueError):
-        raise ConfigError(name, value, allowed) from None
-    if isinstance(value, (bool, float)) or not 1 <= number <= 100_000:
-        raise ConfigError(name, value, allowed)
-    return int(number)
-
-
-def _size(name: str, value: object) -> int:
-    allowed = "expected a size: bytes, or a number with KiB, MiB or GiB; at least 1 MiB"
-    text = str(value).strip()
-    factor = 1
-    for suffix, power in (("KiB", 10), ("MiB", 20), ("GiB", 30)):
-        if text.endswith(suffix):
-            text, factor = text[: -len(suffix)].strip(), 1 << power
-    if isinstance(value, bool) or not text.isdecimal() or int(text) * factor < 1 << 20:
-        raise ConfigError(name, value, allowed)
-    return int(text) * factor
-
-
-def _names(name: str, value: object) -> tuple[str, ...]:
-    items: Iterable[object] = value.split(",") if isinstance(value, str) else value  # type: ignore[assignment]
-    try:
-        names = [_text(name, item) for item in items]
-    except TypeError:
-        raise ConfigError(name, value, "expected names, as a list or separated by commas") from None
-    return tuple(item for item in names if item)
-
-
-def _one_of(*allowed: str) -> Callable[[str, object], str]:
-    def parse(name: str, value: object) -> str:
-        if value not in allowed:
-            raise ConfigError(name, value, f"expected one of {', '.join(allowed)}")
-        return str(value)
-
-    return parse
-
-
-def _callable(name: str, value: object) -> Any:
-    if not callable(value):
-        raise ConfigError(name, value, "expected a function from str to str")
-    return value
-
-
-_FALSE = ("0", "false", "no", "off")
-_NOT_IN_ENVIRONMENT = frozenset({"redact"})
-_PARSERS: dict[str, Callable[[str, object], Any]] = {
-    "api_key": _key,
-    "api_url": _url,
-    "observe": _boolean,
-    "agent_name": _text,
-    "flush": _one_of(*FLUSH_POLICIES),
-    "flush_interval": _interval,
-    "flush_max_records": _count,
-    "flush_timeout": _seconds,
-    "shutdown_timeout": _seconds,
-    "capture": _names,
-    "exclude": _names,
-    "capture_content": _boolean,
-    "redact": _callable,
-    "spool_dir": _path,
-    "spool_limit": _size,
-    "shipper": _one_of(*SHIPPERS),
-    "exporter": _one_of(*EXPORTERS),
-}

@@ -11,8 +11,9 @@ import traceback
 from types import TracebackType
 from typing import Any
 
-from .config import Redactor, Settings
+from .config import Settings
 from .encoding import plain
+from .values import Redactor
 
 _MESSAGE_CHARACTERS = 200
 _FRAMES = 50

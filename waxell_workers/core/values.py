@@ -1,0 +1,152 @@
+"""How the value of each setting is read, from an argument or from text, or refused with a `ConfigError`.
+
+Relies on nothing but the value itself. A key, or a URL that may hold one, never appears in a message.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import ConfigError
+
+FLUSH_POLICIES = ("periodic", "task")
+SHIPPERS = ("auto", "process", "thread", "external")
+EXPORTERS = {"waxell": "waxell_workers.export.waxell:WaxellExporter"}
+"""Name of an exporter to `module:class`, imported by the shipper alone."""
+FALSE = ("0", "false", "no", "off")
+
+Redactor = Callable[[str], str]
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(name, value, "expected a string")
+    return value.strip()
+
+
+def _path(name: str, value: object) -> str:
+    text = _text(name, value)
+    return os.path.abspath(os.path.expanduser(text)) if text else ""
+
+
+def _key(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip().isascii() or not value.strip().isprintable():
+        raise ConfigError(name, "…", "expected a printable ASCII string")
+    return value.strip()
+
+
+def _url(name: str, value: object) -> str:
+    allowed = "expected an http:// or https:// URL with a host"
+    text = _text(name, value).rstrip("/")
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018  a property that raises on a bad port
+    except ValueError:
+        raise ConfigError(name, "…" if "@" in text else value, allowed) from None
+    if parts.username or parts.password or "@" in parts.netloc:
+        raise ConfigError(name, f"{parts.scheme}://…@{parts.hostname}", "expected a URL without credentials")
+    if text and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ConfigError(name, value, allowed)
+    return text
+
+
+def _boolean(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in FALSE:
+        return False
+    raise ConfigError(name, value, "expected true or false")
+
+
+def _seconds(name: str, value: object) -> float:
+    allowed = "expected a number of seconds from 0 to 3600"
+    if isinstance(value, bool):
+        raise ConfigError(name, value, allowed)
+    try:
+        number = float(value)  # type: ignore[arg-type]  # anything that float() refuses is refused here
+    except (TypeError, ValueError):
+        raise ConfigError(name, value, allowed) from None
+    if not 0 <= number <= 3600:
+        raise ConfigError(name, value, allowed)
+    return number
+
+
+def _interval(name: str, value: object) -> float:
+    number = _seconds(name, value)
+    if number <= 0:
+        raise ConfigError(name, value, "expected a number of seconds above 0, at most 3600")
+    return number
+
+
+def _count(name: str, value: object) -> int:
+    allowed = "expected a whole number from 1 to 100000"
+    try:
+        number = int(value)  # type: ignore[call-overload]  # anything that int() refuses is refused here
+    except (TypeError, ValueError):
+        raise ConfigError(name, value, allowed) from None
+    if isinstance(value, (bool, float)) or not 1 <= number <= 100_000:
+        raise ConfigError(name, value, allowed)
+    return int(number)
+
+
+def _size(name: str, value: object) -> int:
+    allowed = "expected a size: bytes, or a number with KiB, MiB or GiB; at least 1 MiB"
+    text = str(value).strip()
+    factor = 1
+    for suffix, power in (("KiB", 10), ("MiB", 20), ("GiB", 30)):
+        if text.endswith(suffix):
+            text, factor = text[: -len(suffix)].strip(), 1 << power
+    if isinstance(value, bool) or not text.isdecimal() or int(text) * factor < 1 << 20:
+        raise ConfigError(name, value, allowed)
+    return int(text) * factor
+
+
+def _names(name: str, value: object) -> tuple[str, ...]:
+    items: Iterable[object] = value.split(",") if isinstance(value, str) else value  # type: ignore[assignment]
+    try:
+        names = [_text(name, item) for item in items]
+    except TypeError:
+        raise ConfigError(name, value, "expected names, as a list or separated by commas") from None
+    return tuple(item for item in names if item)
+
+
+def _one_of(*allowed: str) -> Callable[[str, object], str]:
+    def parse(name: str, value: object) -> str:
+        if value not in allowed:
+            raise ConfigError(name, value, f"expected one of {', '.join(allowed)}")
+        return str(value)
+
+    return parse
+
+
+def _callable(name: str, value: object) -> Any:
+    if not callable(value):
+        raise ConfigError(name, value, "expected a function from str to str")
+    return value
+
+
+PARSERS: dict[str, Callable[[str, object], Any]] = {
+    "api_key": _key,
+    "api_url": _url,
+    "observe": _boolean,
+    "agent_name": _text,
+    "flush": _one_of(*FLUSH_POLICIES),
+    "flush_interval": _interval,
+    "flush_max_records": _count,
+    "flush_timeout": _seconds,
+    "shutdown_timeout": _seconds,
+    "capture": _names,
+    "exclude": _names,
+    "capture_content": _boolean,
+    "redact": _callable,
+    "spool_dir": _path,
+    "spool_limit": _size,
+    "shipper": _one_of(*SHIPPERS),
+    "exporter": _one_of(*EXPORTERS),
+}
