@@ -9,9 +9,11 @@ import click
 from .._version import __version__
 from ..core.errors import ConfigError
 from .demo import demo
+from .doctor import doctor
 from .runs import runs
 from .serve import serve
 from .ship import ship
+from .spool import spool
 
 
 class Commands(click.Group):
@@ -34,5 +36,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, serve, ship, runs):
+for command in (demo, serve, ship, runs, spool, doctor):
     cli.add_command(command)

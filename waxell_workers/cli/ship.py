@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from ..core.config import Settings
+    from ..core.flush import FlushResult
 
 
 @click.command()
@@ -25,17 +32,31 @@ def ship(drain: bool, timeout: float, url: str | None, spool_dir: str | None) ->
     """
     from ..core.config import resolve
     from ..core.foreground import run
+    from .complaints import complaints
 
     settings = resolve({"api_url": url, "spool_dir": spool_dir})
     if not settings.configured:
         raise click.UsageError("nowhere to ship to: set WAXELL_API_KEY, or a loopback WAXELL_API_URL")
     try:
-        result = run(settings, drain=drain, progress=_Progress(), timeout=timeout)
+        with complaints(_say):
+            result = _drain(settings, timeout) if drain else run(settings, drain=False, progress=_Progress())
     except OSError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"delivered {result.delivered}, pending {result.pending}, rejected {result.dropped}")
     if drain and not result:
         raise SystemExit(1)
+
+
+def _drain(settings: Settings, timeout: float) -> FlushResult:
+    """Deliver what is there; with a bar where somebody watches, else with lines."""
+    from ..core.foreground import run
+
+    if not sys.stderr.isatty():
+        return run(settings, drain=True, progress=_Progress(), timeout=timeout)
+    from .ship_bar import ShipBar
+
+    with ShipBar(settings) as bar:
+        return run(settings, drain=True, progress=bar, timeout=timeout)
 
 
 class _Progress:
@@ -48,4 +69,8 @@ class _Progress:
         if (delivered, pending) == self._said:
             return
         self._said = (delivered, pending)
-        click.echo(f"delivered {delivered}, pending {pending}", err=True)
+        _say(f"delivered {delivered}, pending {pending}")
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
