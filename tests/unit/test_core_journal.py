@@ -411,7 +411,7 @@ def test_a_network_file_system_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Locks and appends mean little there: refused, with a warning, once."""
-    monkeypatch.setattr(spool, "_file_system", lambda path: "nfs4")
+    monkeypatch.setattr(spool, "file_system", lambda path: "nfs4")
     monkeypatch.setattr(spool, "_refused", set())
     for _ in range(2):
         with pytest.raises(spool.SpoolUnavailable, match="network file system"):

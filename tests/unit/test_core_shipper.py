@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
-from tests.faulty import FaultyServer, Run
+from tests.destination import Destination, call, ended, started, states, the_run
+from tests.faulty import FaultyServer
 from tests.harness import await_, environment
 from waxell_workers.core import foreground, tracking
 from waxell_workers.core.collector import Collector
@@ -29,7 +31,7 @@ from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import encode
 from waxell_workers.core.ledger import Ledger
 from waxell_workers.core.reader import NewerJournal, Reader
-from waxell_workers.core.records import LLMCall, RunEnded, RunStarted, Step, TaskLost
+from waxell_workers.core.records import RunEnded, RunStarted, Step, TaskLost
 from waxell_workers.core.segments import FIRST_LINE, Position, create_segment, segment_numbers, segment_path
 from waxell_workers.core.shipper import Shipper
 from waxell_workers.core.window import Backoff
@@ -42,66 +44,9 @@ def server() -> Iterator[FaultyServer]:
         assert server.violations == []
 
 
-class Destination:
-    """One spool and what ships from it."""
-
-    def __init__(self, server: FaultyServer, root: Path) -> None:
-        self.settings = Settings(
-            api_url=server.url, spool_dir=str(root / "spool"), shipper="external", flush_interval=0.2
-        )
-        self.collector = Collector(self.settings)
-        self.directory = self.collector.journal.open()
-
-    def append(self, *records: Any) -> None:
-        for record in records:
-            assert self.collector.journal.append(encode(record))
-
-    def ship(self, timeout_s: float = 30.0, **settings: Any) -> Shipper:
-        """Ship everything that is there, in this process."""
-        shipper = Shipper(self.settings, self.directory, stay=False)
-        shipper.stop(time.monotonic() + timeout_s)
-        assert shipper.run(0.0)
-        return shipper
-
-    def child(self, code: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """Run code in another process that records to the same spool."""
-        head = (
-            "import os, signal, sys, time, waxell_workers\n"
-            "from waxell_workers.core.collector import current\n"
-            "from waxell_workers.core.records import *\n"
-            f"waxell_workers.init(api_url={self.settings.api_url!r}, spool_dir={self.settings.spool_dir!r},"
-            " shipper='external', capture=())\n"
-        )
-        return subprocess.run(
-            [sys.executable, "-c", head + code], env=environment(**more), text=True, timeout=60, check=False
-        )
-
-
 @pytest.fixture
 def destination(server: FaultyServer, tmp_path: Path) -> Destination:
     return Destination(server, tmp_path)
-
-
-def started(run_id: str, **fields: Any) -> RunStarted:
-    return RunStarted(id=f"{run_id}-s", at=time.time(), run_id=run_id, agent_name="agent", **fields)
-
-
-def call(run_id: str, number: int = 0, **fields: Any) -> LLMCall:
-    fields = {"model": f"{run_id}-{number}", **fields}
-    return LLMCall(id=f"{run_id}-c{number}", at=time.time(), run_id=run_id, **fields)
-
-
-def ended(run_id: str, state: str = "success", **fields: Any) -> RunEnded:
-    return RunEnded(**{"id": f"{run_id}-e", "at": time.time(), "run_id": run_id, "state": state, **fields})
-
-
-def states(server: FaultyServer) -> dict[str, str]:
-    return {run.client_id: run.state for run in server.runs.values()}
-
-
-def the_run(server: FaultyServer) -> Run:
-    (run,) = server.runs.values()
-    return run
 
 
 # --- the cursor ------------------------------------------------------------------------------------
@@ -249,6 +194,25 @@ def test_nothing_is_left_after_leaving(server: FaultyServer, destination: Destin
     assert not Path(copy, "ship.sock").exists()
 
 
+def test_a_shipper_starts_though_somebody_holds_its_pipe(
+    server: FaultyServer, destination: Destination
+) -> None:
+    """Given a child that was forked while the shipper was started, and so has the pipe's end for writing,
+    the shipper takes its one line and works."""
+    destination.child("waxell_workers.record_llm_call(model='m')")
+    order = {"directory": destination.directory, "settings": {"api_url": server.url, "flush_interval": 0.2}}
+    with subprocess.Popen(
+        [sys.executable, "-m", "waxell_workers.core.shipper"], stdin=subprocess.PIPE, env=environment()
+    ) as shipper:
+        assert shipper.stdin is not None
+        shipper.stdin.write(json.dumps(order).encode() + b"\n")
+        shipper.stdin.flush()
+        try:
+            assert server.wait_until(lambda: bool(server.calls), 60)
+        finally:
+            shipper.kill()
+
+
 # --- the dead ---------------------------------------------------------------------------------------
 
 _DIES = """
@@ -291,8 +255,30 @@ def test_the_supervisor_s_reason_is_given(server: FaultyServer, destination: Des
 def test_a_supervisor_has_time_to_say_why(server: FaultyServer, destination: Destination) -> None:
     """While another process lives, a dead run is not closed at once: the reason may come seconds later."""
     destination.child(_DIES)
+    code = (
+        "import sys\n"
+        "from waxell_workers.core import liveness\n"
+        f"print(liveness.register({destination.directory!r}), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with supervisor:
+        assert supervisor.stdout is not None
+        supervisor.stdout.readline()
+        destination.ship()
+        assert the_run(server).state == ""
+        assert supervisor.stdin is not None
+        supervisor.stdin.close()
+
+
+def test_nobody_who_stops_has_a_reason_left_to_give(server: FaultyServer, destination: Destination) -> None:
+    """Given a script killed before, when a short one ships and ends, then the killed run is closed."""
+    destination.child(_DIES)
+    destination.collector.journal.open()
     destination.ship()
-    assert the_run(server).state == ""
+    assert the_run(server).state == "killed"
 
 
 def test_interrupted_after_task_lost_is_killed(server: FaultyServer, destination: Destination) -> None:
@@ -323,15 +309,63 @@ def test_a_living_run_stays_open(
 def test_a_drain_closes_the_dead_behind_a_long_backlog(
     server: FaultyServer, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More records than fit into the window: the runs of the dead are closed before the drain leaves."""
+    """More records than fit into the window: the runs of the dead are closed after the last of them, and
+    before the drain leaves."""
     monkeypatch.setattr(tracking, "_REASON_GRACE_S", -1.0)
     monkeypatch.setattr(tracking, "_LOOK_FOR_DEAD_S", 60.0)
-    destination.child(_DIES.replace("run.record", "for i in range(4500): run.record"))
+    many = _DIES.replace("run.record", "for i in range(4500): run.record")
+    destination.child(many.replace('model="m"', 'model="m", prompt_preview="x" * 300'))
     assert destination.ship().pending == 0
     assert the_run(server).state == "killed"
+    assert the_run(server).order == ["run_started", *["llm_call"] * 4500, "run_ended"]
+
+
+def test_a_reason_that_is_read_before_its_run_is_kept(server: FaultyServer, destination: Destination) -> None:
+    """Who supervises may write to an older segment than the task's own process; of another attempt, begun
+    later, it says nothing."""
+    at = time.time()
+    lost = TaskLost(
+        id="l", at=at + 60, task_id="t1", reason="hard time limit", error_type="TimeLimitExceeded"
+    )
+    destination.append(lost)
+    destination.child(_DIES)
+    destination.append(msgspec.structs.replace(lost, id="n", task_id="t2", at=at - 60))
+    destination.child(_DIES.replace("t1", "t2"))
+    destination.ship()
+    reasons = {run.start["task_id"]: run.ends[0]["error_type"] for run in server.runs.values()}
+    assert reasons == {"t1": "TimeLimitExceeded", "t2": "ProcessDied"}
+
+
+def test_a_reason_outlives_the_shipper_that_read_it(server: FaultyServer, destination: Destination) -> None:
+    """Given a killed run whose end could not be delivered, the next shipper still knows the reason, though
+    the cursor has passed it."""
+    server.ingest = False
+    destination.child(_DIES)
+    destination.append(
+        TaskLost(id="l", at=time.time(), task_id="t1", reason="killed by signal 9", error_type="WorkerLost")
+    )
+    server.mode("500", endpoint="complete")
+    assert destination.ship(timeout_s=1.0).pending == 1
+    assert server.fired["500"]
+    server.mode("healthy")
+    assert destination.ship().pending == 0
+    (end,) = the_run(server).ends
+    assert (end["error_type"], end["error"]) == ("WorkerLost", "killed by signal 9")
 
 
 # --- calls outside any run --------------------------------------------------------------------------
+
+
+def test_a_group_stays_the_same_for_the_next_shipper(server: FaultyServer, destination: Destination) -> None:
+    """Given a group whose delivery broke off unanswered, the next shipper sends the same run and no other."""
+    destination.append(call("", 1, model="mini"), call("", 2, model="mini"))
+    server.mode("reset", endpoint="ingest", processed=True)
+    assert destination.ship(timeout_s=1.0).pending > 0
+    assert server.fired["reset"]
+    server.mode("healthy")
+    assert destination.ship().pending == 0
+    assert [len(run.calls) for run in server.runs.values()] == [2]
+    assert server.duplicates > 0
 
 
 @pytest.mark.parametrize("ingest", [False, True], ids=["rest", "ingest"])

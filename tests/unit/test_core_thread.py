@@ -84,7 +84,7 @@ def test_a_sick_server_holds_no_exit(server: FaultyServer, tmp_path: Path, mode:
     done = run(server, tmp_path, code)
     assert float(done.stdout) < 4.0
     server.mode("healthy")
-    run(server, tmp_path, "waxell_workers.record_llm_call(model='n')\n")
+    run(server, tmp_path, "waxell_workers.record_llm_call(model='n')\nwaxell_workers.shutdown(60)\n")
     assert models(server) == {"m": 1, "n": 1}
 
 
@@ -128,7 +128,8 @@ def test_shutdown_tells_of_what_was_refused(server: FaultyServer, tmp_path: Path
     """A result is true only if nothing was dropped."""
     code = (
         "from waxell_workers.core.collector import current\n"
-        "waxell_workers.record_llm_call(model='m')\ncurrent().journal.drop('spool_limit', 2)\n"
+        "waxell_workers.record_llm_call(model='m')\n"
+        "current().journal.drop('spool_limit')\ncurrent().journal.drop('spool_limit')\n"
         "print(waxell_workers.shutdown(20).dropped)\n"
     )
     assert run(server, tmp_path, code).stdout == "2\n"
@@ -217,3 +218,41 @@ def test_a_shutdown_does_not_sleep_through_the_server_s_return(server: FaultySer
     finally:
         script.kill()
     assert output == "True\n"
+
+
+def test_who_makes_calls_outside_any_run_takes_over_the_shipping(
+    server: FaultyServer, tmp_path: Path
+) -> None:
+    """Given a process whose shipper was another's, when that one dies, its calls arrive while it lives."""
+    head = (
+        "import itertools, os, sys, time, waxell_workers\n"
+        f"waxell_workers.init(api_url={server.url!r}, spool_dir={str(tmp_path)!r}, capture=(),"
+        " flush_interval=0.2)\n"
+    )
+    first = "waxell_workers.record_llm_call(model='first')\nprint('recorded', flush=True)\ntime.sleep(600)\n"
+    second = (
+        "for number in itertools.count():\n"
+        "    waxell_workers.record_llm_call(model=f'second {number}')\n"
+        "    time.sleep(0.1)\n"
+    )
+    pipe, command = subprocess.PIPE, [sys.executable, "-c"]
+    with (
+        subprocess.Popen([*command, head + first], env=environment(), stdout=pipe) as one,
+        subprocess.Popen([*command, head + "input()\n" + second], env=environment(), stdin=pipe) as other,
+    ):
+        try:
+            assert one.stdout is not None
+            assert other.stdin is not None
+            assert one.stdout.readline() == b"recorded\n"
+            await_(lambda: models(server)["first"], "delivery by the first")
+            other.stdin.write(b"go\n")
+            other.stdin.flush()
+            await_(lambda: models(server)["second 0"], "delivery of the second's by the first")
+            one.kill()
+            one.wait()
+            known = set(models(server))
+            await_(lambda: models(server).keys() - known, "delivery by the second")
+            assert other.poll() is None
+        finally:
+            one.kill()
+            other.kill()

@@ -11,12 +11,13 @@ import atexit
 import fnmatch
 import logging
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import launch
+from . import launch, spool
 from .config import Settings, observes, resolve
 from .encoding import encode
 from .errors import ConfigError
@@ -26,13 +27,17 @@ from .journal import Journal
 from .liveness import ship_lock
 from .records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, Step, TaskLost
 from .runs import MUTED, Run
+from .tally import Tally
 
 logger = logging.getLogger("waxell_workers")
 
 _LOOK_FOR_SHIPPER_S = 5.0
 _START_EVERY_S = 4.0
+_TURN_S = 0.5
+"""How long a script that ends waits for another one's shipper before it looks whether that still lives."""
 _EXIT_MARGIN_S = 0.3
 """What an exit costs beside the wait itself; the promise is about both."""
+_PAUSE_S = 0.02
 _NEVER = float("-inf")
 
 
@@ -63,10 +68,11 @@ class Collector:
         self.journal = Journal(settings)
         self.open_runs: dict[str, Run] = {}
         self.warned = False
-        self._recorded = 0
+        self._recorded = Tally()
         self._confirmed = 0
         self._flushed_drops = 0
-        self._counting_pid = os.getpid()
+        self._made_pid = self._counting_pid = os.getpid()
+        self._forked_at = 0.0
         self._shipping_pid = 0
         self.in_worker = in_worker
         self._main_pid = 0
@@ -94,7 +100,9 @@ class Collector:
             return False
         if not self.journal.append(encode(record)):
             return False
-        self._recorded += 1
+        self._recorded.add()
+        if not self.in_worker:  # a script may be one long run, and who shipped for it may end
+            self.look_for_shipper()
         return True
 
     def record(
@@ -124,8 +132,11 @@ class Collector:
         patterns = self.settings.exclude
         return bool(patterns) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-    def run_has_ended(self) -> None:
-        """Look, now and then, whether anybody ships; if not, start somebody."""
+    def look_for_shipper(self) -> None:
+        """Look whether anybody ships, if that was not done of late; if not, start somebody.
+
+        Called at the end of a worker's run and after each record of a script: who shipped may have died.
+        """
         now = time.monotonic()
         if now - self._looked_at < _LOOK_FOR_SHIPPER_S:
             return
@@ -143,12 +154,19 @@ class Collector:
         self._shipping_pid = os.getpid()
         if self._counting_pid != os.getpid():
             self._counting_pid = os.getpid()
-            self._recorded = self._confirmed = 0
+            self._recorded, self._confirmed = Tally(), 0
             self.open_runs = {key: run for key, run in list(self.open_runs.items()) if run.is_open}
         if self.in_worker:
             return
+        self._looked_at = time.monotonic()
         self.ensure_shipper()
         self.flush_at_exit()
+
+    def has_forked(self) -> None:
+        """In a script: have its exit wait for what its children record, also if it records nothing itself."""
+        if self.active and not self.in_worker:
+            self._forked_at = self._forked_at or time.time()
+            self.flush_at_exit()
 
     # -- shipping ------------------------------------------------------------------------------
 
@@ -203,20 +221,24 @@ class Collector:
         """Return `process`, `thread` or `external`, as configured, or as fits this process."""
         kind = self.settings.shipper
         if kind == "auto":
-            kind = "process" if self.in_worker else "thread"
+            kind = "process" if self.in_worker or self._is_child() else "thread"
         if kind == "process" and not launch.can_start_process(self.settings):
             kind = "thread"
         return kind
 
+    def _is_child(self) -> bool:
+        """True in a forked process or one of `multiprocessing`'s: it may end without any exit hook."""
+        parent_process = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
+        return self._made_pid != os.getpid() or (parent_process is not None and parent_process() is not None)
+
     def flush_at_exit(self) -> None:
         """Have what remains exported when the interpreter exits normally."""
-        if self._exit_pid != os.getpid():
-            self._exit_pid = os.getpid()
-            atexit.register(self._at_exit)
+        self._exit_pid = os.getpid()
 
     def _at_exit(self) -> None:
         if self._exit_pid == os.getpid():
             self.stop()
+            _keep_interrupt()
 
     def stop(self) -> None:
         """End what is open and have everything exported, within one `shutdown_timeout` for the whole exit.
@@ -224,9 +246,10 @@ class Collector:
         A framework's own exit hook comes first, and `atexit` after it, which then finds nothing to do.
         """
         self.close_open_runs()
-        if self._recorded == self._recorded_at_stop:
+        recorded = self._recorded.value
+        if recorded == self._recorded_at_stop:
             return
-        self._recorded_at_stop = self._recorded
+        self._recorded_at_stop = recorded
         self.shutdown(max(0.0, self.settings.shutdown_timeout - _EXIT_MARGIN_S))
 
     # -- flushing ------------------------------------------------------------------------------
@@ -250,7 +273,7 @@ class Collector:
             return FlushResult(0, 0, dropped)
         if not _is_shipped(directory):
             self.ensure_shipper()
-        token = 0 if everybody else self.journal.token()
+        token = 0 if everybody else self.journal.flush_token()
         answer = request_flush(directory, token, deadline)
         unconfirmed = max(1, recorded - confirmed)
         if answer is None:
@@ -263,7 +286,7 @@ class Collector:
     def _counts(self) -> tuple[int, int]:
         """Return the records written and those known to be delivered, of this process alone."""
         # A forked child has its parent's counts until its first record.
-        return (self._recorded, self._confirmed) if self._counting_pid == os.getpid() else (0, 0)
+        return (self._recorded.value, self._confirmed) if self._counting_pid == os.getpid() else (0, 0)
 
     def _new_drops(self) -> int:
         drops = sum(self.journal.dropped.values())
@@ -276,24 +299,56 @@ class Collector:
         A shipper that is a process of its own goes on by itself with what remains.
         """
         deadline = time.monotonic() + timeout
-        directory = self.journal.directory
+        everybody = self.in_worker or self._forked_at > 0
+        directory = self._find_directory()
         if not self.active or not directory:
             return self.force_flush(0)
-        if self.shipper_kind() == "thread" and not _is_shipped_elsewhere(directory):
-            result = launch.drain_here(self.settings, directory, deadline)
-            return FlushResult(result.delivered, result.pending, result.dropped + self._new_drops())
-        return self.force_flush(timeout, everybody=self.in_worker)
+        if self.shipper_kind() != "thread":
+            return self.force_flush(timeout, everybody=everybody)
+        delivered = dropped = 0
+        while _is_shipped_elsewhere(directory):
+            # In turns: another script, whose thread ships for us too, may end or die meanwhile.
+            result = self.force_flush(min(_TURN_S, deadline - time.monotonic()), everybody=everybody)
+            delivered, dropped = delivered + result.delivered, dropped + result.dropped
+            if result.pending == 0 or time.monotonic() >= deadline:
+                return FlushResult(delivered, result.pending, dropped)
+            time.sleep(_PAUSE_S)
+        result = launch.drain_here(self.settings, directory, deadline)
+        dropped += result.dropped + self._new_drops()
+        return FlushResult(delivered + result.delivered, result.pending, dropped)
+
+    def _find_directory(self) -> str:
+        """Return the journal's directory, if this process wrote there or, it seems, a child of it."""
+        if self.journal.directory or not self.active or not self._forked_at:
+            return self.journal.directory
+        try:
+            return self.journal.open() if spool.written_since(self.settings, self._forked_at) else ""
+        except OSError:
+            return ""
 
     def stats(self) -> Stats:
         """Return what this process has recorded and lost."""
         recorded, confirmed = self._counts()
         return Stats(
             recorded=recorded,
-            dropped=dict(self.journal.dropped),
+            dropped=self.journal.dropped,
             pending=recorded - confirmed,
             spool=self.journal.directory,
             shipper=self.shipper_kind() if self.active else "",
         )
+
+
+def _keep_interrupt() -> None:
+    """Let a script that Ctrl-C has ended die of SIGINT, as a shell that runs it in a loop expects.
+
+    CPython remembers that it has to, until the next `exec` or `eval` of a text; and what is imported for the
+    last delivery does those (`namedtuple`, `dataclass`).
+    """
+    if getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1"):
+        try:
+            exec("raise KeyboardInterrupt")
+        except KeyboardInterrupt:
+            pass
 
 
 def _is_shipped(directory: str) -> bool:
@@ -360,11 +415,21 @@ def configure(settings: Settings) -> Collector:
     return existing
 
 
+def _note_fork() -> None:
+    if _collector is not None:
+        _collector.has_forked()
+
+
+os.register_at_fork(after_in_parent=_note_fork)
+
+
 def _install(collector: Collector, instead_of: Collector | None = None) -> Collector:
     global _collector
     with _configuring:
         if _collector is not instead_of:  # another thread was first
             return _collector or collector
         _collector = collector
+        # Now, not at the first record: exit hooks run youngest first, and the application's may record.
+        atexit.register(collector._at_exit)
         when_configured(collector)
     return collector

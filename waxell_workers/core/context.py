@@ -59,8 +59,12 @@ class WaxellContext(Run):
         )
 
     def __enter__(self) -> WaxellContext:
-        self.start()
-        self.enter()
+        try:
+            self.start()
+            self.enter()
+        except BaseException as error:  # a time limit's, at any instruction: no block will end what has begun
+            self._close(error)
+            raise
         return self
 
     def __exit__(
@@ -69,6 +73,13 @@ class WaxellContext(Run):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        try:
+            self._close(error)
+        except BaseException:  # likewise: it goes on, once this is done
+            self._close(error)
+            raise
+
+    def _close(self, error: BaseException | None) -> None:
         self.leave()
         self.end(state_of(error), error)
 

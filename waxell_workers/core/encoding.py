@@ -55,9 +55,12 @@ def decode(line: bytes) -> Record:
         msgspec.MsgspecError: the line is torn or damaged, or no record that this version knows.
     """
     try:
-        return _decoder.decode(line)
-    except msgspec.ValidationError:
-        return _fit(msgspec.json.decode(line, type=dict[str, Any]))
+        try:
+            return _decoder.decode(line)
+        except msgspec.ValidationError:
+            return _fit(msgspec.json.decode(line, type=dict[str, Any]))
+    except (UnicodeDecodeError, RecursionError) as error:  # which msgspec lets through
+        raise msgspec.DecodeError(str(error)) from None
 
 
 _KINDS = {kind.__struct_config__.tag: kind for kind in get_args(Record)}

@@ -20,11 +20,14 @@ from .segments import segment_numbers
 from .shipper import DRAIN_S, LOCK_WAIT_S, Shipper
 
 _LOG_BYTES = 1 << 20
+_TURN_S = 2.0
+"""How long one that drains waits for the shipper that is there, before it looks whether it still is."""
 
 
 def main() -> None:
-    """Ship for a worker: settings come as JSON on standard input, from `launch`."""
-    order = msgspec.json.decode(sys.stdin.buffer.read())
+    """Ship for a worker: settings come as a line of JSON on standard input, from `launch`."""
+    # Not to the end of the file: a child that is forked just then has the pipe's other end too.
+    order = msgspec.json.decode(sys.stdin.buffer.readline())
     directory: str = order["directory"]
     settings = Settings(**order["settings"])
     _log_to(f"{directory}/shipper.log")
@@ -63,14 +66,19 @@ def run(
         if not segment_numbers(directory):
             return FlushResult(0, 0, 0)
         shipper.stop(deadline)
-    if shipper.run(0.0 if drain else LOCK_WAIT_S):
-        return FlushResult(shipper.delivered, shipper.pending, shipper.rejected)
-    if not drain:
-        raise OSError(f"another shipper works in {directory}")
-    answer = request_flush(directory, 0, deadline)
-    if answer is None:
-        return FlushResult(0, 1, 0)
-    return FlushResult(answer.delivered, abs(answer.pending), answer.dropped)  # -1: it does not know
+    delivered = dropped = 0
+    while not shipper.run(0.0 if drain else LOCK_WAIT_S):
+        if not drain:
+            raise OSError(f"another shipper works in {directory}")
+        # In turns: one that is just leaving takes no more requests, and makes room.
+        answer = request_flush(directory, 0, min(deadline, time.monotonic() + _TURN_S))
+        pending = 1
+        if answer is not None:
+            pending = abs(answer.pending)  # -1: it does not know
+            delivered, dropped = delivered + answer.delivered, dropped + answer.dropped
+        if pending == 0 or time.monotonic() >= deadline:
+            return FlushResult(delivered, pending, dropped)
+    return FlushResult(delivered + shipper.delivered, shipper.pending, dropped + shipper.rejected)
 
 
 def _on_signal(terminate: Callable[[], None]) -> None:

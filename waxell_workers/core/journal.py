@@ -31,6 +31,7 @@ import time
 from . import liveness, spool
 from .config import Settings
 from .segments import create_segment, is_sealed, move_high, segment_numbers, segment_path
+from .tally import Tally
 
 logger = logging.getLogger("waxell_workers.journal")
 
@@ -97,11 +98,12 @@ class Journal:
         self._directory = ""
         self._token = 0
         self._token_pid = 0
+        self._tokens: set[tuple[int, int]] = set()
+        """Process and token, as records may carry them: more than one after a race of threads, or a loss."""
         self._paused_until = 0.0
         self._pause_reason = ""
         self._warned: set[str] = set()
-        self.dropped: dict[str, int] = {}
-        """Records refused, by reason; the counts of a forked child start with its parent's."""
+        self._dropped: dict[str, Tally] = {}
 
     @property
     def directory(self) -> str:
@@ -119,18 +121,32 @@ class Journal:
         if not self._directory or not os.path.isdir(self._directory):
             self._directory = spool.prepare(self._settings)
             self._token_pid = 0
-        if self._token_pid != os.getpid():
-            self._token = liveness.register(self._directory)
-            self._token_pid = os.getpid()
+        # The same one again, unless we were forked, or the directory was deleted and others made it anew.
+        self._token = liveness.register(self._directory)
+        self._tokens.add((os.getpid(), self._token))
+        self._token_pid = os.getpid()
         return self._directory
 
     def token(self) -> int:
         """Return this process's token, or 0 if there is no usable spool."""
         segment = self._segment
         if segment is not None and segment.pid == os.getpid():
-            return self._token
+            try:
+                segment.check()
+                return self._token
+            except OSError as error:
+                # The token went the same way: a run that is begun with it would be taken for dead.
+                if error.errno in (errno.EBADF, errno.ESPIPE):
+                    segment.pid = 0
+                self._leave(segment)
+                self._token_pid = 0
         self._current()
         return self._token if self._token_pid == os.getpid() else 0
+
+    def flush_token(self) -> int:
+        """Return the token whose records a flush waits for; 0, for everybody's, if there were two here."""
+        tokens = {token for pid, token in list(self._tokens) if pid == os.getpid()} | {self.token()}
+        return tokens.pop() if len(tokens) == 1 else 0
 
     def append(self, line: bytes) -> bool:
         """Write one record; True if it is safe, False if it was dropped and counted.
@@ -154,6 +170,8 @@ class Journal:
                 sealed = is_sealed(segment.descriptor)
             except OSError as error:
                 self._leave(segment)
+                if error.errno in (errno.EBADF, errno.ESPIPE):
+                    segment.pid = 0  # not ours to close: its number may be the next segment's
                 if error.errno in (errno.EBADF, errno.ESPIPE, errno.ENOENT):
                     self._token_pid = 0  # the token's descriptor, or its file, went the same way
                     continue
@@ -169,9 +187,15 @@ class Journal:
         self._refuse("moving", "segments were sealed faster than a record could be written")
         return False
 
-    def drop(self, reason: str, count: int = 1) -> None:
-        """Count records that are lost, by reason."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Records refused, by reason; the counts of a forked child start with its parent's."""
+        return {reason: tally.value for reason, tally in list(self._dropped.items())}
+
+    def drop(self, reason: str) -> None:
+        """Count a record that is lost, by reason."""
+        tally = self._dropped.get(reason) or self._dropped.setdefault(reason, Tally())
+        tally.add()
 
     def _current(self) -> _Segment | None:
         segment = self._segment

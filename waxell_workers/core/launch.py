@@ -160,7 +160,7 @@ def _start_process(settings: Settings, directory: str) -> None:
     reading, writing = os.pipe()
     log = os.open(f"{directory}/shipper.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(writing, msgspec.json.encode({"directory": directory, "settings": order}))
+        os.write(writing, msgspec.json.encode({"directory": directory, "settings": order}) + b"\n")
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", "-c", _BOOT, sys.executable],

@@ -23,7 +23,7 @@ from .segments import Position
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS cursor (one INTEGER PRIMARY KEY CHECK (one = 1), segment INTEGER, inode INTEGER, offset INTEGER);
 CREATE TABLE IF NOT EXISTS acknowledged (id TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS recent (id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS recent (number INTEGER PRIMARY KEY, id TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS grouped (call_id TEXT PRIMARY KEY, run_id TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS runs (
     run_id TEXT PRIMARY KEY, started BLOB NOT NULL, remote_id TEXT NOT NULL, spans INTEGER NOT NULL,
@@ -32,6 +32,8 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE INDEX IF NOT EXISTS runs_ended ON runs (ended_at);
 PRAGMA user_version = 1;
 """  # noqa: E501
+_REMEMBERED = 2_000
+"""How many ids before the cursor are kept: a writer that met a seal writes its last record again."""
 _ENDED_RUNS_KEPT = 20_000
 _ENDED_RUNS_KEPT_S = 3600.0
 
@@ -54,6 +56,11 @@ class TrackedRun:
     def run_id(self) -> str:
         """The client's id of the run."""
         return self.state.started.run_id
+
+    @property
+    def made_here(self) -> tuple[str, ...]:
+        """The suffixes of the ids of records that a shipper may have made for this run."""
+        return ("start", "killed", "end") if self.automatic else ("start", "killed")
 
 
 class Ledger:
@@ -87,8 +94,8 @@ class Ledger:
         return {row[0] for row in self._db.execute("SELECT id FROM acknowledged")}
 
     def recent(self) -> list[str]:
-        """Return the last ids of the segments that are gone, to know repeats by."""
-        return [row[0] for row in self._db.execute("SELECT id FROM recent")]
+        """Return the last ids that the cursor has passed, to know repeats by."""
+        return [row[0] for row in self._db.execute("SELECT id FROM recent ORDER BY number")]
 
     def open_runs(self) -> list[TrackedRun]:
         """Return the runs whose end was not delivered."""
@@ -138,14 +145,15 @@ class Ledger:
             self._db.executemany("INSERT OR IGNORE INTO acknowledged VALUES (?)", [(i,) for i in done_above])
             self._db.executemany("DELETE FROM acknowledged WHERE id = ?", gone)
             self._db.executemany("DELETE FROM grouped WHERE call_id = ?", gone)
+            self.remember(gone)
             for run in runs:
                 self._save_run(run)
 
-    def remember(self, ids: Iterable[str]) -> None:
-        """Keep the last ids of a finished segment, in place of those of the one before."""
-        with self._db:
-            self._db.execute("DELETE FROM recent")
-            self._db.executemany("INSERT OR IGNORE INTO recent VALUES (?)", [(i,) for i in ids])
+    def remember(self, gone: Iterable[tuple[str]]) -> None:
+        """Keep these ids, and the last ones before them; a part of `commit`'s transaction."""
+        self._db.executemany("INSERT INTO recent (id) VALUES (?)", gone)
+        oldest = "SELECT max(number) - ? FROM recent"
+        self._db.execute(f"DELETE FROM recent WHERE number <= ({oldest})", (_REMEMBERED,))
 
     def forget_ended_runs(self) -> None:
         """Delete runs that ended long ago, or too many others ago, for late calls to be expected."""

@@ -5,7 +5,7 @@ Whoever finds that byte unlocked knows that the writer is gone: zombies, reused 
 and shared volumes need no special case.
 
 A POSIX lock goes when its process closes *any* descriptor of the file. So each process opens `procs` and
-`ship.lock` at most once a registration, and never closes them.
+`ship.lock` once and never closes them; if somebody else does, it opens them and takes its bytes again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import os
 import random
 import struct
 import sys
+from typing import NamedTuple
 
 from .segments import move_high
 
 _LAST_TOKEN = 1 << 48
 _FLOCK = "hhqqi" if sys.platform == "linux" else "qqihh"
-_registered: dict[tuple[int, int], set[int]] = {}
-"""(device, inode) of a `procs` file to the tokens that this process holds in it."""
-_registered_pid = 0
+_File = tuple[int, int]
+"""(device, inode)."""
+_opened: dict[_File, int] = {}
+"""The `procs` files of this process, to its one descriptor of each."""
+_registered: dict[_File, set[int]] = {}
+"""The same, to the tokens that this process holds there."""
+_pid = 0
 
 
 def register(directory: str) -> int:
@@ -31,25 +36,57 @@ def register(directory: str) -> int:
     Raises:
         OSError: the file cannot be opened or locked.
     """
-    descriptor = move_high(os.open(f"{directory}/procs", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    file, descriptor = _open(f"{directory}/procs")
+    tokens = _registered.setdefault(file, set())
+    for token in tokens:
+        return token
     chance = random.SystemRandom()
     while True:
         token = chance.randrange(1, _LAST_TOKEN)
+        tokens.add(token)  # before the lock: see `_open`
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, token)
         except BlockingIOError:
+            tokens.discard(token)
             continue
-        _remember(descriptor, token)
         return token
 
 
-def _remember(descriptor: int, token: int) -> None:
-    global _registered_pid
-    if _registered_pid != os.getpid():
+def _open(path: str) -> tuple[_File, int]:
+    """Return a `procs` file and this process's descriptor of it, opened if it is not, or no longer, open."""
+    global _pid
+    if _pid != os.getpid():
+        _opened.clear()
         _registered.clear()
-        _registered_pid = os.getpid()
+        _pid = os.getpid()
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        pass
+    else:
+        file = (status.st_dev, status.st_ino)
+        if file in _opened and _is_open(_opened[file], file):
+            return file, _opened[file]
+    descriptor = move_high(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    file = _file_of(descriptor)
+    _opened[file] = descriptor
+    # The move has closed a descriptor of the file, and so freed what another thread may just have locked.
+    for token in list(_registered.get(file, ())):
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, token)
+    return file, descriptor
+
+
+def _file_of(descriptor: int) -> _File:
     status = os.fstat(descriptor)
-    _registered.setdefault((status.st_dev, status.st_ino), set()).add(token)
+    return status.st_dev, status.st_ino
+
+
+def _is_open(descriptor: int, file: _File) -> bool:
+    """True if the descriptor still stands for this file: somebody may have closed it and used its number."""
+    try:
+        return _file_of(descriptor) == file
+    except OSError:
+        return False
 
 
 class Procs:
@@ -62,12 +99,14 @@ class Procs:
             OSError: the file cannot be opened.
         """
         self._path = f"{directory}/procs"
-        self._opened: dict[tuple[int, int], int] = {}
-        """(device, inode) to descriptor: more than one if the file was deleted and made again."""
+        self._opened: dict[_File, int] = {}
+        """File to descriptor: more than one if the file was deleted and made again."""
         self._follow()
 
     def is_alive(self, token: int) -> bool:
         """True if the process with this token lives."""
+        if not 0 < token < _LAST_TOKEN:  # none, or damaged
+            return False
         self._follow()
         return token in self._own() or any(
             _locked_by_other(descriptor, token, 1) for descriptor in self._opened.values()
@@ -75,36 +114,49 @@ class Procs:
 
     def anyone_alive(self) -> bool:
         """True if any process, this one included, holds a token."""
+        return bool(self._own()) or self.anyone_else_alive()
+
+    def anyone_else_alive(self) -> bool:
+        """True if any process but this one holds a token."""
         self._follow()
-        return bool(self._own()) or any(
-            _locked_by_other(descriptor, 0, 0) for descriptor in self._opened.values()
-        )
+        return any(_locked_by_other(descriptor, 0, 0) for descriptor in self._opened.values())
 
     def _follow(self) -> None:
-        try:
-            status = os.stat(self._path)
-            if (status.st_dev, status.st_ino) in self._opened:
-                return
-        except FileNotFoundError:
-            pass
-        descriptor = move_high(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        status = os.fstat(descriptor)
-        self._opened[status.st_dev, status.st_ino] = descriptor
+        file, descriptor = _open(self._path)
+        self._opened[file] = descriptor
 
     def _own(self) -> set[int]:
         # The kernel does not report a process its own locks.
-        if _registered_pid != os.getpid():
-            return set()
         return set().union(*(_registered.get(file, set()) for file in self._opened))
 
 
-def _locked_by_other(descriptor: int, start: int, length: int) -> bool:
-    fields = (fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    if sys.platform != "linux":
-        fields = (start, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
+class Holder(NamedTuple):
+    """Another process that holds a byte lock."""
+
+    token: int
+    """The byte's offset; in `procs`, what its records carry as `proc`."""
+    pid: int
+    """0 for a process of another pid namespace."""
+
+
+def holder(descriptor: int, start: int, length: int) -> Holder | None:
+    """Return one of the other processes that lock a byte in a range (length 0: to the end), or None.
+
+    Raises:
+        OSError: the descriptor is not open.
+    """
+    linux = sys.platform == "linux"
+    fields = (start, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
+    if linux:
+        fields = (fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(_FLOCK, *fields))
     found = struct.unpack(_FLOCK, answer[: struct.calcsize(_FLOCK)])
-    return bool(found[0 if sys.platform == "linux" else 3] != fcntl.F_UNLCK)
+    kind, token, pid = (found[0], found[2], found[4]) if linux else (found[3], found[0], found[2])
+    return None if kind == fcntl.F_UNLCK else Holder(token, max(0, pid))
+
+
+def _locked_by_other(descriptor: int, start: int, length: int) -> bool:
+    return holder(descriptor, start, length) is not None
 
 
 class ShipLock:
@@ -117,6 +169,7 @@ class ShipLock:
     def __init__(self, directory: str) -> None:
         self._path = f"{directory}/ship.lock"
         self._descriptor = -1
+        self._file: _File = (0, 0)
         self._opened_by = 0
         self._held_by = 0
         self._claims: dict[int, object] = {}
@@ -157,14 +210,16 @@ class ShipLock:
         """Let go of the lock."""
         if self.held:
             self._held_by = 0
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
+            if _is_open(self._descriptor, self._file):
+                fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
             self._claims.pop(os.getpid(), None)
 
     def _open(self) -> int:
-        # A forked child may have had its descriptors closed and their numbers given to others.
-        if self._opened_by != os.getpid():
+        # A forked child, or who forked it, may have closed all descriptors and given others their numbers.
+        if self._opened_by != os.getpid() or not _is_open(self._descriptor, self._file):
             opened = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._descriptor = move_high(opened)
+            self._file = _file_of(self._descriptor)
             self._opened_by = os.getpid()
         return self._descriptor
 

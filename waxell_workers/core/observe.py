@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any, TypeVar, overload
 
 from .context import WaxellContext
-from .runs import state_of
+from .runs import Body, state_of
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -72,22 +72,17 @@ def _generator(
         generator = wrapped(*args, **kwargs)
         context = new_run()
         context.start()
+        body = Body(context)
         resume: Callable[[], Any] = lambda: next(generator)  # noqa: E731  what the consumer asked for last
         try:
             while True:
-                context.enter()
-                try:
+                with body:
                     item = resume()
-                finally:
-                    context.leave()
                 try:
                     sent = yield item
                 except GeneratorExit:
-                    context.enter()
-                    try:
+                    with body:
                         generator.close()
-                    finally:
-                        context.leave()
                     raise
                 except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
                     resume = functools.partial(generator.throw, error)
@@ -113,22 +108,17 @@ def _async_generator(
         generator = wrapped(*args, **kwargs)
         context = new_run()
         context.start()
+        body = Body(context)
         resume: Callable[[], Any] = functools.partial(generator.asend, None)
         try:
             while True:
-                context.enter()
-                try:
+                with body:
                     item = await resume()
-                finally:
-                    context.leave()
                 try:
                     sent = yield item
                 except GeneratorExit:
-                    context.enter()
-                    try:
+                    with body:
                         await generator.aclose()
-                    finally:
-                        context.leave()
                     raise
                 except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
                     resume = functools.partial(generator.athrow, error)

@@ -16,6 +16,7 @@ from .records import FORMAT_VERSION, Record
 from .segments import Position, create_segment, is_sealed, seal, segment_numbers, segment_path
 
 _CHUNK = 1 << 20
+_TAIL = 4 << 10
 
 
 class NewerJournal(Exception):
@@ -76,7 +77,9 @@ class Reader:
             chunk = os.pread(self._descriptor, _CHUNK, self.position.offset)
             complete = chunk.rfind(b"\n") + 1
             if complete:
-                return self._entries(chunk[:complete])
+                if entries := self._entries(chunk[:complete]):
+                    return entries
+                continue  # the first line alone, or damage: not yet the end
             if len(chunk) == _CHUNK:  # no record is that long: damage
                 self.torn += 1
                 self.position = Position(self.position.segment, self.position.offset + _CHUNK)
@@ -85,14 +88,22 @@ class Reader:
                 return []
 
     def end(self) -> Position:
-        """Return the journal's end at this moment."""
+        """Return the journal's end at this moment: behind its last complete line.
+
+        What follows that is no record yet, or was torn by a death, and never will be one.
+        """
         numbers = segment_numbers(self._directory)
         if not numbers:
             return self.position
         try:
-            return Position(numbers[-1], os.stat(segment_path(self._directory, numbers[-1])).st_size)
+            path = segment_path(self._directory, numbers[-1])
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return self.position
+        try:
+            return Position(numbers[-1], _end_of_lines(descriptor))
+        finally:
+            os.close(descriptor)
 
     def rotate(self) -> None:
         """Open the next segment, then seal the highest one; its end is still to be read.
@@ -141,8 +152,9 @@ class Reader:
     def follow(self) -> None:
         """Follow what others did to the directory: called before each round of reading.
 
-        If the segment was deleted, reading starts again at the lowest one: somebody wiped the spool. If a
-        higher one exists and this one has no seal, a shipper died between the two.
+        If the segment was deleted, reading starts again at the lowest one: somebody wiped the spool. If it
+        was cut, it starts again at its beginning. If a higher one exists and this one has no seal, a shipper
+        died between the two.
 
         Raises:
             OSError: the directory is gone.
@@ -150,10 +162,14 @@ class Reader:
         if self._descriptor < 0:
             return
         numbers = segment_numbers(self._directory)
-        if os.fstat(self._descriptor).st_nlink == 0:
+        status = os.fstat(self._descriptor)
+        if status.st_nlink == 0:
             self.close()
             self.position = Position(numbers[0] if numbers else 1, 0)
-        elif numbers[-1] > self.position.segment and not is_sealed(self._descriptor):
+            return
+        if status.st_size < self.position.offset:
+            self.position = Position(self.position.segment, 0)
+        if max(numbers, default=0) > self.position.segment and not is_sealed(self._descriptor):
             seal(self._directory, self.position.segment)
 
     def _entries(self, chunk: bytes) -> list[Entry]:
@@ -178,8 +194,19 @@ class Reader:
     def _check_version(self, line: bytes) -> None:
         try:
             version = msgspec.json.decode(line)["version"]
-        except (msgspec.MsgspecError, KeyError, TypeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError):
             self.torn += 1
             return
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise NewerJournal(f"a segment has version {version}, this is {FORMAT_VERSION}")
+
+
+def _end_of_lines(descriptor: int) -> int:
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - _TAIL)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

@@ -40,6 +40,7 @@ class Run:
         "_began",
         "_collector",
         "_inputs",
+        "_left",
         "_metadata",
         "_outer",
         "_pid",
@@ -91,6 +92,7 @@ class Run:
         self._steps = 0
         self._result: Any = None
         self._outer: Run | None = None
+        self._left = False
 
     @property
     def is_open(self) -> bool:
@@ -187,7 +189,7 @@ class Run:
         # end has the same id twice.
         self._pid = 0
         collector.open_runs.pop(self.run_id, None)
-        collector.run_has_ended()
+        collector.look_for_shipper()
 
     def describe(self, error: BaseException) -> dict[str, str]:
         """Return an exception's type, text and traceback as `end` takes them, by the content rules."""
@@ -203,13 +205,31 @@ class Run:
     def enter(self) -> None:
         """Make this run current here."""
         self._outer = _current.get()
+        self._left = False
         _current.set(self)
 
     def leave(self) -> None:
-        """Make the run current again that was so before `enter`."""
+        """Make the run current again that was so before `enter`, if this one still is.
+
+        It is not where it was entered in another task, or where blocks are left out of order.
+        """
         # Not by token: an adapter's hooks may run in different copies of a context.
-        _current.set(self._outer)
-        self._outer = None
+        self._left = True
+        if _current.get() is not self:
+            return
+        outer, self._outer = self._outer, None
+        while outer is not None and outer._left:
+            outer = outer._outer
+        _current.set(outer)
+
+    def leave_all(self) -> None:
+        """Leave this run, if it was entered, and whatever an interrupt has left current inside it."""
+        inner = _current.get()
+        while inner is not None and inner is not self:
+            inner = inner._outer
+        if inner is not None:
+            _current.set(self)
+            self.leave()
 
     def elapsed_s(self) -> float:
         """Return the seconds since the start."""
@@ -280,6 +300,24 @@ class Run:
     def set_result(self, result: Any) -> None:
         """Set what the run has produced (plain data); written when it ends."""
         self._result = result
+
+
+class Body:
+    """What is current inside a generator's body: kept from one item to the next, hidden from its consumer."""
+
+    __slots__ = ("_inside", "_outside")
+
+    def __init__(self, run: Run) -> None:
+        self._inside: Run | None = run
+        self._outside: Run | None = None
+
+    def __enter__(self) -> None:
+        self._outside = _current.get()
+        _current.set(self._inside)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._inside = _current.get()
+        _current.set(self._outside)
 
 
 def state_of(error: BaseException | None) -> str:

@@ -25,7 +25,8 @@ _HIGH_DESCRIPTOR = 512
 FIRST_LINE = b'{"kind":"segment","version":%d,"sealed":0}\n' % FORMAT_VERSION
 SEAL_AT = FIRST_LINE.index(b"0}")
 """Offset of the seal's byte."""
-_OPEN = b"0"
+_OPEN = b"0}\n"
+"""The line's end: what comes to stand there if the line is damaged is no open seal by chance."""
 
 
 class Position(NamedTuple):
@@ -71,7 +72,7 @@ def create_segment(directory: str, number: int) -> None:
 
 def is_sealed(descriptor: int) -> bool:
     """True if a segment takes no more records."""
-    return os.pread(descriptor, 1, SEAL_AT) != _OPEN
+    return os.pread(descriptor, len(_OPEN), SEAL_AT) != _OPEN
 
 
 def seal(directory: str, number: int) -> None:

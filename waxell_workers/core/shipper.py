@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import msgspec
 
-from .config import EXPORTERS, Settings
+from .config import Settings
 from .encoding import to_json
 from .exporting import Exporter, Outcome, RunBatch
 from .ledger import Ledger
@@ -28,9 +28,13 @@ from .reader import Entry, NewerJournal, Reader
 from .records import Record
 from .segments import FIRST_LINE
 from .tracking import Tracker
+from .values import EXPORTERS
 from .window import Backoff, Window
 
 logger = logging.getLogger("waxell_workers.shipper")
+_retries = logging.getLogger("waxell_workers.shipper.retries")
+# Nothing is lost by a retry: a script that has not set up logging, a cron job, keeps its stderr to itself.
+_retries.addHandler(logging.NullHandler())
 
 BATCH_BYTES = 1 << 20
 SEGMENT_BYTES = 4 << 20
@@ -65,7 +69,7 @@ class Shipper:
             settings: where to and how often.
             directory: the destination's directory.
             stay: True to go on while nobody writes, until `stop`.
-            progress: called after each round with the records delivered and those known to be pending.
+            progress: called after each batch, with the records delivered and those known to be pending.
         """
         self._settings = settings
         self._directory = directory
@@ -106,8 +110,7 @@ class Shipper:
             self.unreadable = True
             return True
         try:
-            if self._stop_by is None:  # else nobody has the time to ask
-                self._listen()
+            self._listen()
             time_is_up = self._live()
             while not self._leave(time_is_up):
                 self._listen()
@@ -154,6 +157,8 @@ class Shipper:
         self._segment_bytes = min(SEGMENT_BYTES, (self._settings.spool_limit or SEGMENT_BYTES * 8) // 8)
 
     def _listen(self) -> None:
+        if self._stop_by is not None:  # nobody has the time to ask; an ending interpreter starts no thread
+            return
         listener = Listener(self._directory, self._wake.set)
         self._listener = listener if listener.start() else None
 
@@ -176,8 +181,9 @@ class Shipper:
         if self._reader.end().offset > len(FIRST_LINE):
             self._reader.rotate()
             self._read()
-            self._tracker.commit([])
-            self._tracker.delete_finished_segments()
+        # Also where the last round has rotated: the cursor is still behind what is delivered and sealed.
+        self._tracker.commit([])
+        self._tracker.delete_finished_segments()
 
     def _close(self) -> None:
         if self._listener is not None:
@@ -230,7 +236,7 @@ class Shipper:
 
     def _round(self) -> None:
         self._read()
-        self._tracker.end_dead_runs()
+        self._tracker.end_dead_runs(leaving=self._stop_by is not None)
         waiters = self._listener.waiters() if self._listener is not None else []
         self._asked = bool(waiters)
         self._answer(waiters)
@@ -243,6 +249,9 @@ class Shipper:
         if self._reader.end().offset >= self._segment_bytes:
             self._reader.rotate()
         self._tidy()
+        self._report()
+
+    def _report(self) -> None:
         if self._progress is not None:
             self._progress(self.delivered, self._known)
 
@@ -308,9 +317,9 @@ class Shipper:
             if not taken:
                 return
             outcome = self._send(taken)
-            if not self._settle(taken, outcome):
-                return
-            if self._window.pending < self._settings.flush_max_records and not self._asked:
+            goes_on = self._settle(taken, outcome)
+            self._report()  # a round may take minutes, if much waits for a slow server
+            if not goes_on:
                 return
 
     def _send(self, taken: dict[str, list[Entry]]) -> Outcome:
@@ -372,7 +381,8 @@ class Shipper:
             self._server.clear()
         trouble = outcome.paused or outcome.error
         if trouble and trouble != self._warned:
-            logger.warning("%s: %s; everything is kept", self._settings.api_url, trouble)
+            speaker = logger if outcome.paused else _retries
+            speaker.warning("%s: %s; everything is kept", self._settings.api_url, trouble)
         elif self._warned and not trouble:
             logger.info("%s: delivering again", self._settings.api_url)
         self._warned = trouble
@@ -401,9 +411,11 @@ class Shipper:
         for waiter in waiters:
             if waiter.upto is None:
                 waiter.upto = self._reader.end()
-            waiter.pending = self._window.count(waiter.token, waiter.upto)
             waiter.dropped += self._tell(waiter.token)
-            if waiter.pending == 0 and self._reader.position >= waiter.upto and self._listener is not None:
+            # What was not read yet is not known: at the deadline, 0 would be taken for "delivered".
+            has_read = self._reader.position >= waiter.upto
+            waiter.pending = self._window.count(waiter.token, waiter.upto) if has_read else -1
+            if waiter.pending == 0 and self._listener is not None:
                 self._listener.fulfil(waiter)
 
     def _tell(self, token: int) -> int:

@@ -18,9 +18,13 @@ logger = logging.getLogger("waxell_workers.spool")
 MEMORY_LIMIT = 16 << 20
 """Most that is kept in `/dev/shm`, in bytes: it is memory."""
 DISK_LIMIT = 512 << 20
+_CLOCK_S = 1.0
+"""How much coarser the clock of a file system may be than ours."""
 _MEMORY = "/dev/shm"
-_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs",
-            "fuse.glusterfs", "fuse.s3fs", "beegfs")  # fmt: skip
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs"),
+    *("fuse.sshfs", "fuse.glusterfs", "fuse.s3fs"),
+)
 _refused: set[str] = set()
 
 
@@ -70,6 +74,19 @@ def prepare(settings: Settings) -> str:
     raise SpoolUnavailable(f"no usable spool directory ({'; '.join(reasons)})")
 
 
+def written_since(settings: Settings, moment: float) -> bool:
+    """True if somebody has written to the journal since `moment` (Unix time); creates nothing."""
+    for root in candidates(settings):
+        directory = f"{root}/{settings.destination}"
+        try:
+            segments = [name for name in os.listdir(directory) if name[:1].isdecimal()]
+            if any(os.stat(f"{directory}/{name}").st_mtime >= moment - _CLOCK_S for name in segments):
+                return True
+        except OSError:  # not there, or a segment was deleted meanwhile: then somebody ships
+            continue
+    return False
+
+
 def limit(settings: Settings, directory: str) -> int:
     """Return the most that the whole spool may hold, in bytes."""
     if settings.spool_limit:
@@ -111,8 +128,8 @@ def _make_private(path: str) -> None:
 
 
 def _refuse_network(path: str) -> None:
-    kind = _file_system(os.path.realpath(path))
-    if kind not in _NETWORK:
+    kind = file_system(os.path.realpath(path))
+    if kind not in NETWORK_FILE_SYSTEMS:
         return
     if path not in _refused:
         _refused.add(path)
@@ -120,7 +137,7 @@ def _refuse_network(path: str) -> None:
     raise SpoolUnavailable(f"{path} is on a network file system ({kind})")
 
 
-def _file_system(path: str) -> str:
+def file_system(path: str) -> str:
     """Return the type of the file system that holds `path`, as Linux names it; empty if unknown."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .collector import Collector, configured, current, is_off
-from .config import FLUSH_POLICIES
 from .errors import ConfigError
 from .records import TaskLost
 from .runs import Run, get_context
+from .values import FLUSH_POLICIES
 
 HEADER = "waxell"
 """The name under which lineage travels in a message: Celery headers, RQ's `job.meta`, Dramatiq's options."""
@@ -186,8 +186,7 @@ def begin(attempt: Attempt) -> None:
     if slot is not None:
         older = _slots.get(slot)
         if older is not None and older.is_open:
-            if get_context() is older:
-                older.leave()
+            older.leave_all()
             older.end("interrupted")
         _slots[slot] = attempt.run
     attempt.run.start()
@@ -210,8 +209,7 @@ def task_ended(
         error: the error's fields, as `Run.end` takes them.
     """
     run = attempt.run
-    if get_context() is run:
-        run.leave()
+    run.leave_all()
     run.end(state, **error)
     if attempt.slot is not None and _slots.get(attempt.slot) is run:
         del _slots[attempt.slot]

@@ -7,7 +7,7 @@ ends them as `killed` with the reason that the supervising process gave, and gro
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import msgspec
@@ -22,11 +22,10 @@ from .segments import Position
 from .window import Window
 
 _RECENT = 50_000
-_REMEMBERED = 2_000
 _LOOK_FOR_DEAD_S = 0.5
+_LOST_KEPT = 1_000
 _REASON_GRACE_S = 8.0
 """How long a supervising process, while any lives, has to say why another died: Celery looks every 5 s."""
-_LOST_KEPT = 10_000
 
 
 class Tracker:
@@ -45,9 +44,10 @@ class Tracker:
         self._recent: OrderedDict[str, None] = OrderedDict.fromkeys(ledger.recent())
         self._dead: dict[int, tuple[Position, float, float]] = {}
         """Token of a dead process to the journal's end then, and when that was: monotonic, Unix time."""
+        self._losses: dict[str, TaskLost] = {}
+        """By task. Who supervises may write to an older segment than the task's own process does."""
         self._looked_at = 0.0
         self._cursor = reader.position
-        self._passed: deque[str] = deque(maxlen=_REMEMBERED)
         self.repeats = 0
         """Records that were read twice and dropped once."""
         for run in ledger.open_runs():
@@ -79,6 +79,7 @@ class Tracker:
 
     def _is_repeat(self, record_id: str) -> bool:
         if record_id in self._acknowledged:
+            self._recent[record_id] = None  # the cursor will pass it, and it may stand once more behind that
             return True
         if record_id in self._recent:
             self.repeats += 1
@@ -91,7 +92,10 @@ class Tracker:
     def _begin(self, record: RunStarted) -> None:
         run = self._runs.get(record.run_id)
         if run is None:
-            run = self._runs[record.run_id] = TrackedRun(RunState(record))
+            lost = self._losses.get(record.task_id)
+            if lost is not None and lost.at < record.at:  # of another attempt
+                lost = None
+            run = self._runs[record.run_id] = TrackedRun(RunState(record), lost=lost)
         else:
             run.state.started = record  # a call was read before it: writers race
         self._changed[record.run_id] = run
@@ -131,26 +135,39 @@ class Tracker:
             if run.state.started.task_id == lost.task_id and not run.ended and run.lost is None:
                 run.lost = lost
                 self._changed[run.run_id] = run
+        self._losses[lost.task_id] = lost
+        if len(self._losses) > _LOST_KEPT:
+            del self._losses[next(iter(self._losses))]
 
-    def end_dead_runs(self) -> None:
-        """End the open runs whose process is dead, once everything that it wrote has been read."""
+    def end_dead_runs(self, *, leaving: bool) -> None:
+        """End the open runs whose process is dead, once everything that it wrote has been read.
+
+        Args:
+            leaving: True if this process was told to stop: it is none that could still give a reason.
+        """
         now = time.monotonic()
-        if now - self._looked_at < _LOOK_FOR_DEAD_S:
+        if now - self._looked_at < _LOOK_FOR_DEAD_S and not leaving:
             return
         self._looked_at = now
         open_runs = [run for run in self._runs.values() if not run.ended and not run.automatic]
         tokens = {run.state.started.proc for run in open_runs}
-        self._dead = {token: seen for token, seen in self._dead.items() if token in tokens}
+        # One that had all its descriptors closed has lost its lock as well, and takes it again.
+        dead = {token: seen for token, seen in self._dead.items() if token in tokens}
+        self._dead = {token: seen for token, seen in dead.items() if not self._procs.is_alive(token)}
         for token in tokens:
             if token not in self._dead and not self._procs.is_alive(token):
                 # First it is known to be dead, then where the journal ends: so nothing of it comes later.
                 self._dead[token] = (self._reader.end(), now, time.time())
+        if not self._dead:
+            return
+        anyone_alive = self._procs.anyone_else_alive if leaving else self._procs.anyone_alive
+        end = self._reader.end()
         for run in open_runs:
             seen = self._dead.get(run.state.started.proc)
-            if seen is None or self._reader.position < seen[0]:
-                continue
+            if seen is None or self._reader.position < min(seen[0], end):
+                continue  # the end is lower than it was if the spool was wiped
             _, since, at = seen
-            if run.lost is not None or now - since > _REASON_GRACE_S or not self._procs.anyone_alive():
+            if run.lost is not None or now - since > _REASON_GRACE_S or not anyone_alive():
                 self._kill(run, at)
 
     def any_open(self) -> bool:
@@ -168,7 +185,9 @@ class Tracker:
     def _admit_loose(self, entry: Entry, call: LLMCall) -> None:
         run_id = self._grouped.get(call.id)
         entry.record = call  # pending: the cursor must not pass it
-        if run_id is not None and run_id in self._runs:
+        # Its end may have arrived already: after a restart it is there before the calls have all been read.
+        if run_id is not None and (run_id in self._runs or self._ledger.run(run_id)):
+            self._run_of(run_id, call)
             self._window.add(run_id, entry, msgspec.structs.replace(call, run_id=run_id))
             return
         self._loose.setdefault(call.model, []).append(entry)
@@ -238,12 +257,12 @@ class Tracker:
         if self._window.nothing_followed:
             self._cursor = self._reader.position
         gone = [entry.id for entry in passed]
-        self._passed.extend(gone)
         self._acknowledged.update(done)
         finished = [
             run for run in self._changed.values() if run.delivered and not self._window.has(run.run_id)
         ]
-        gone += [f"{run.run_id}-start" for run in finished]
+        # These have no place in the journal that the cursor could pass.
+        gone += [f"{run.run_id}-{made}" for run in finished for made in run.made_here]
         above = self._acknowledged.difference(gone)
         self._ledger.commit(
             self._cursor,
@@ -265,10 +284,11 @@ class Tracker:
         return self._cursor
 
     def delete_finished_segments(self) -> None:
-        """Delete the segments before the cursor's, remembering their last ids to know repeats by."""
-        if self._reader.lowest() < self._cursor.segment:
-            self._ledger.remember(self._passed)
-            self._reader.delete_before(self._cursor.segment)
+        """Delete the segments before the cursor's."""
+        # Reading starts again at a lower number where the spool was wiped; the cursor follows later.
+        number = min(self._cursor.segment, self._reader.position.segment)
+        if self._reader.lowest() < number:
+            self._reader.delete_before(number)
 
 
 def _killed(record_id: str, at: float, lost: TaskLost | None, run_id: str, ms: float | None) -> RunEnded:

@@ -1,0 +1,225 @@
+"""What becomes of records by what the server answers: the whole way, from the journal to a strict server.
+
+Each row of the table in docs/export.md is fired at a shipper that runs, for both shapes of the protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.destination import Destination, call, ended, started, states
+from tests.faulty import FaultyServer
+from tests.harness import await_
+from waxell_workers.core import shipper as shipping
+from waxell_workers.core import window
+from waxell_workers.core.shipper import Shipper
+
+RUNS = ("a", "b", "c")
+
+
+@pytest.fixture(params=["ingest", "rest"])
+def server(request: pytest.FixtureRequest) -> Iterator[FaultyServer]:
+    with FaultyServer(ingest=request.param == "ingest") as server:
+        yield server
+        assert server.violations == []
+
+
+@pytest.fixture
+def data(server: FaultyServer) -> str:
+    """The endpoint that the first record of a run goes to."""
+    return "ingest" if server.ingest else "start"
+
+
+@pytest.fixture
+def destination(server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Destination:
+    monkeypatch.setattr(window, "_BACKOFF_MOST_S", 0.1)
+    monkeypatch.setattr(shipping, "_POLL_S", 0.02)
+    return Destination(server, tmp_path)
+
+
+class Running:
+    """A shipper at work in a thread."""
+
+    def __init__(self, destination: Destination) -> None:
+        self.rounds = 0
+        self.shipper = Shipper(destination.settings, destination.directory, stay=True, progress=self._count)
+        self._thread = threading.Thread(target=self.shipper.run)
+
+    def _count(self, delivered: int, pending: int) -> None:
+        self.rounds += 1
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shipper.stop(time.monotonic())
+        self._thread.join()
+
+    def goes_round(self, times: int) -> None:
+        """Wait until the shipper has had the occasion to do something `times` times more."""
+        target = self.rounds + times
+        await_(lambda: self.rounds >= target, f"{times} rounds")
+
+
+def record_runs(destination: Destination) -> None:
+    for name in RUNS:
+        destination.append(started(name), call(name), ended(name))
+
+
+def all_arrived_once(server: FaultyServer) -> bool:
+    return states(server) == dict.fromkeys(RUNS, "success") and sorted(
+        record["model"] for record in server.calls
+    ) == ["a-0", "b-0", "c-0"]
+
+
+def quarantined(destination: Destination) -> list[dict[str, Any]]:
+    path = Path(destination.directory, "quarantine.ndjson")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("fault", ["408", "429", "500", "502", "503", "504", "invalid_json", "reset"])
+def test_what_may_pass_is_tried_again_until_it_has(
+    server: FaultyServer, destination: Destination, data: str, fault: str
+) -> None:
+    """Given an answer that may be another one later, everything is kept and tried again without end."""
+    server.mode(fault, endpoint=data)
+    record_runs(destination)
+    with Running(destination) as running:
+        await_(lambda: server.fired[fault] >= 5, "repeats")
+        assert running.shipper.delivered == 0
+        server.mode("healthy")
+        await_(lambda: running.shipper.pending == 0, "delivery")
+    assert all_arrived_once(server)
+    assert quarantined(destination) == []
+
+
+def test_a_server_that_is_down_is_tried_again(server: FaultyServer, destination: Destination) -> None:
+    """Given a closed port, everything is kept, and arrives once it opens."""
+    server.mode("refuse")
+    record_runs(destination)
+    with Running(destination) as running:
+        running.goes_round(60)
+        assert running.shipper.delivered == 0
+        server.mode("healthy")
+        await_(lambda: running.shipper.pending == 0, "delivery")
+    assert all_arrived_once(server)
+
+
+def test_a_server_that_never_answers_is_tried_again(
+    server: FaultyServer, destination: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a connection that hangs, a batch is given up at its deadline and tried again."""
+    monkeypatch.setattr(shipping, "_EXPORT_S", 0.3)
+    server.mode("hang")
+    record_runs(destination)
+    with Running(destination) as running:
+        await_(lambda: server.fired["hang"] >= 3, "repeats")
+        server.mode("healthy")
+        await_(lambda: running.shipper.pending == 0, "delivery")
+    assert all_arrived_once(server)
+
+
+def test_retry_after_is_waited_for(server: FaultyServer, destination: Destination, data: str) -> None:
+    """Given a server that says when to come again, nobody comes sooner."""
+    server.mode("429", endpoint=data, retry_after="3600")
+    record_runs(destination)
+    with Running(destination) as running:
+        await_(lambda: server.fired["429"], "the answer")
+        running.goes_round(2)
+        asked = len(server.requests)
+        running.goes_round(40)
+        assert len(server.requests) == asked
+        assert running.shipper.delivered == 0
+
+
+@pytest.mark.parametrize("fault", ["401", "402", "403", "404", "405", "redirect"])
+def test_a_refusal_pauses_and_keeps_everything(
+    server: FaultyServer,
+    destination: Destination,
+    data: str,
+    fault: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Given a wrong key or address, it is said once, nothing is thrown away, and it is tried again later."""
+    caplog.set_level(logging.WARNING, "waxell_workers")
+    server.mode(fault, endpoint=data)
+    record_runs(destination)
+    with Running(destination) as running:
+        await_(lambda: server.fired[fault], "the refusal")
+        running.goes_round(2)
+        asked = len(server.requests)
+        running.goes_round(40)
+        assert len(server.requests) == asked, "it is tried again each minute, not each round"
+        assert running.shipper.delivered == 0
+    assert quarantined(destination) == []
+    assert len([record for record in caplog.records if "everything is kept" in record.message]) == 1
+    monkeypatch.setattr(shipping, "_PAUSE_S", 0.2)
+    with Running(destination) as running:
+        await_(lambda: server.fired[fault] >= 4, "more refusals")
+        server.mode("healthy")
+        await_(lambda: running.shipper.pending == 0, "delivery")
+    assert all_arrived_once(server)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_poisonous_record_goes_to_quarantine_alone(
+    server: FaultyServer, destination: Destination, status: int
+) -> None:
+    """Given one record that is never taken, it is kept aside with the reason; the rest arrives."""
+    server.mode("reject", status=status, marker="poison")
+    record_runs(destination)
+    destination.append(call("b", 1, model="poison", tokens_in=77), call("b", 2))
+    with Running(destination) as running:
+        await_(lambda: running.shipper.pending == 0, "delivery")
+        assert running.shipper.rejected == 1
+    assert server.fired["reject"] > 0
+    assert sorted(record["model"] for record in server.calls) == ["a-0", "b-0", "b-2", "c-0"]
+    (kept,) = quarantined(destination)
+    assert (kept["record"]["model"], kept["record"]["tokens_in"]) == ("poison", 77)
+    assert str(status) in kept["reason"]
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_a_server_that_rejects_everything_is_paused_and_nothing_is_thrown_away(
+    server: FaultyServer, destination: Destination, data: str, status: str
+) -> None:
+    """Given five refusals in a row, it is the server's fault: what was refused is kept for later."""
+    server.mode(status, endpoint=data)
+    for number in range(20):
+        destination.append(started(f"r{number}"), call(f"r{number}"), ended(f"r{number}"))
+    with Running(destination) as running:
+        await_(lambda: server.fired[status] >= 5, "five refusals")
+        running.goes_round(2)
+        asked = len(server.requests)
+        running.goes_round(40)
+        assert len(server.requests) == asked
+    server.mode("healthy")
+    assert destination.ship().pending == 0
+    arrived = {record["model"] for record in server.calls}
+    given_up = {kept["record"].get("run_id") for kept in quarantined(destination)}
+    assert len(given_up) <= 4
+    assert arrived | {f"{run_id}-0" for run_id in given_up} == {f"r{number}-0" for number in range(20)}
+
+
+def test_a_run_that_the_server_forgot_is_started_again(tmp_path: Path) -> None:
+    """Given a REST server that was reset in mid-run, the rest of the run goes to a new one."""
+    with FaultyServer() as server:
+        destination = Destination(server, tmp_path)
+        destination.append(started("a"), call("a"))
+        with Running(destination) as running:
+            await_(lambda: running.shipper.pending == 0 and server.calls, "delivery")
+            server.forget_runs()
+            destination.append(call("a", 1), ended("a"))
+            await_(lambda: states(server) == {"a": "success"}, "delivery to a new run")
+        assert [record["model"] for record in server.calls] == ["a-1"]
+        assert server.violations == []
