@@ -389,7 +389,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         server: FaultyServer = self.server  # type: ignore[assignment]
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body = self.rfile.read(int(headers.get("content-length", 0)))
+        length = int(headers.get("content-length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # cut off, by the client or by our own `refuse`: no request at all
+            self.close_connection = True
+            return
         if headers.get("content-encoding") == "gzip":
             try:
                 body = gzip.decompress(body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +117,15 @@ def test_a_refusing_server_comes_back_on_its_port(server: FaultyServer, client: 
             httpx.get(server.url)
         server.mode("healthy")
         assert client.get("/api/v1/observe/config/").status_code == 200
+
+
+def test_a_body_that_is_cut_off_is_no_request(server: FaultyServer) -> None:
+    head = f"POST {RUNS}start/ HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), 5) as connection:
+        connection.sendall(head.encode() + b'{"agent_name"')
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+    assert (server.requests, server.violations) == ([], [])
 
 
 @pytest.mark.parametrize("where", ["request", "body"])
