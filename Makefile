@@ -10,11 +10,12 @@ BENCHMARK_INSTALLED := $(VENV)/.installed-benchmark
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture lint format docs bench losses clean
+.PHONY: help demo test quick torture lint format docs bench losses clean
 
 help:
 	@echo 'make demo [ARGS="--once --json"]   a real worker, tasks that die, and the page that shows them'
 	@echo 'make test [ARGS="-k journal"]      ruff, mypy and every test'
+	@echo 'make quick                         one scenario with a real worker of each framework, below a minute'
 	@echo 'make torture [ARGS="-k kill"]      the crash and property tests at length, and what they found'
 	@echo 'make lint                          ruff and mypy alone'
 	@echo 'make format                        let ruff rewrite the sources'
@@ -28,6 +29,9 @@ demo: $(INSTALLED)
 
 test: lint
 	@$(BIN)/python -m pytest $(ARGS)
+
+quick: $(INSTALLED)
+	@$(BIN)/python -m pytest -m quick tests/conformance $(ARGS)
 
 torture: $(INSTALLED)
 	@$(BIN)/python -m tests.torture $(ARGS)

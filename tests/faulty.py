@@ -14,22 +14,15 @@ what happens to requests. Everything is in memory, every attribute may be read f
 
 from __future__ import annotations
 
-import gzip
 import json
-import socket
-import struct
-import threading
-import time
-import zlib
-from collections import Counter
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from waxell_workers.testing.conformance.faults import FaultyHTTP, Request
 
 OBSERVE = "/api/v1/observe/"
 INGEST = "/api/v1/observe/ingest/"
-SPECIAL = frozenset({"healthy", "refuse", "hang", "reset", "trickle", "redirect", "invalid_json", "reject"})
 
 
 @dataclass
@@ -71,39 +64,7 @@ class Run:
         )
 
 
-@dataclass
-class Request:
-    """A request as it came, with the status that it was answered with (0: none)."""
-
-    method: str
-    endpoint: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-    status: int = 0
-
-
-@dataclass
-class _Fault:
-    name: str = "healthy"
-    endpoint: str | None = None
-    """Only requests to this endpoint: config, start, llm-calls, steps, spans, complete, ingest …"""
-    marker: str = ""
-    """Only requests whose (uncompressed) body contains this text."""
-    times: int | None = None
-    """After so many times it is healthy again."""
-    processed: bool = False
-    """Do what was asked and only then misbehave: the outcome is unknown to the client."""
-    status: int = 500
-    retry_after: str | None = None
-    location: str = "/elsewhere/"
-    where: str = "body"
-    """`reset` and `trickle`: at the `request` (reset), in the `headers` (trickle) or in the `body`."""
-    interval: float = 0.1
-    """`trickle`: seconds between two bytes."""
-
-
-class FaultyServer:
+class FaultyServer(FaultyHTTP):
     """The server, on a port of 127.0.0.1 that stays the same through every mode.
 
     Args:
@@ -112,6 +73,7 @@ class FaultyServer:
     """
 
     def __init__(self, *, key: str = "", ingest: bool = False) -> None:
+        super().__init__()
         self.key = key
         self.ingest = ingest
         self.ingest_endpoint: str = INGEST
@@ -123,23 +85,7 @@ class FaultyServer:
         """Ingest records by id."""
         self.duplicates = 0
         self.violations: list[str] = []
-        self.fired: Counter[str] = Counter()
-        """How often each mode's fault has hit a request (`refuse`: not counted, there is no request)."""
-        self.requests: list[Request] = []
         self._gone: set[str] = set()
-        self._fault = _Fault()
-        self._generation = 0
-        self._changed = threading.Condition(threading.RLock())
-        self._connections: set[socket.socket] = set()
-        self._closed = False
-        self._socket: socket.socket | None = _bound(0)
-        self._port = self._socket.getsockname()[1]
-        self._listening = False
-
-    @property
-    def url(self) -> str:
-        """The base URL, for `WAXELL_API_URL`."""
-        return f"http://127.0.0.1:{self._port}"
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -147,152 +93,30 @@ class FaultyServer:
         with self._changed:
             return [call for run in self.runs.values() for call in run.calls]
 
-    def __enter__(self) -> FaultyServer:
-        self._listen()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def mode(self, name: str, **options: Any) -> FaultyServer:
-        """Switch what happens to requests from now on.
-
-        Args:
-            name: `healthy`; a status code (`"503"`); `refuse` (nobody listens); `hang` (the request is
-                read, an answer never comes); `reset` (the connection is torn down); `trickle` (an answer,
-                byte by byte); `redirect`; `invalid_json` (200 and HTML); `reject` (`status`, for bodies
-                with `marker`).
-            options: Fields of `_Fault`: `endpoint`, `marker`, `times`, `processed`, `retry_after`,
-                `location`, `where`, `interval`, `status`.
-        """
-        if name.isdecimal():
-            options["status"] = int(name)
-        elif name not in SPECIAL:
-            raise ValueError(f"no such mode: {name}")
-        if name == "reject":
-            options.setdefault("status", 422)
-        with self._changed:
-            self._fault = _Fault(name=name, **options)
-            self._generation += 1
-            self._changed.notify_all()
-            if name == "refuse":
-                self._unlisten()
-            else:
-                self._listen()
-        return self
-
     def forget_runs(self) -> None:
         """Lose all runs, as a server does that has been reset: their ids are 404 from now on."""
         with self._changed:
             self._gone.update(self.runs)
             self.runs.clear()
 
-    def wait_until(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-        """Wait until something is true, looked at after every request; return whether it is."""
+    def answer(self, request: Request) -> tuple[int, Any]:
+        """Answer as WIRE says, or note a violation."""
         with self._changed:
-            return self._changed.wait_for(predicate, timeout_s)
-
-    def count(self, endpoint: str) -> int:
-        """Count the requests to an endpoint that have come."""
-        with self._changed:
-            return sum(request.endpoint == endpoint for request in self.requests)
-
-    def close(self) -> None:
-        """Close every connection and the port."""
-        with self._changed:
-            self._closed = True
-            self._generation += 1
-            self._changed.notify_all()
-            self._unlisten()
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
-
-    # --- connections ------------------------------------------------------------------------------
-
-    def _listen(self) -> None:
-        if self._listening or self._closed or self._socket is None:
-            return
-        self._socket.listen(512)
-        self._listening = True
-        threading.Thread(target=self._accept, args=(self._socket,), daemon=True).start()
-
-    def _unlisten(self) -> None:
-        """Refuse connections; the port stays ours: a socket that is bound and does not listen."""
-        for connection in list(self._connections):
-            _shut(connection)
-        if not self._listening or self._socket is None:
-            return
-        self._listening = False
-        _shut(self._socket)  # wakes accept()
-        self._socket.close()
-        self._socket = _bound(self._port)
-
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, address = listener.accept()
-            except OSError:
-                return
-            with self._changed:
-                if listener is not self._socket:
-                    connection.close()
-                    return
-                self._connections.add(connection)
-            threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
-
-    def _serve(self, connection: socket.socket, address: Any) -> None:
-        try:
-            _Handler(connection, address, self)  # type: ignore[arg-type]  # it is handed on as `self.server`
-        except OSError:
-            pass  # the client has gone, or we have
-        finally:
-            with self._changed:
-                self._connections.discard(connection)
-            connection.close()
-
-    # --- requests ---------------------------------------------------------------------------------
-
-    def _take_fault(self, request: Request) -> tuple[_Fault, int]:
-        with self._changed:
-            self.requests.append(request)
-            fault = self._fault
-            wanted = (
-                fault.name not in ("healthy", "refuse")
-                and fault.endpoint in (None, request.endpoint)
-                and fault.marker.encode() in request.body
-                and fault.times != 0
-            )
-            if not wanted:
-                return _Fault(), self._generation
-            if fault.times is not None:
-                fault.times -= 1
-            self.fired[fault.name] += 1
-            return fault, self._generation
-
-    def _still(self, generation: int) -> bool:
-        return generation == self._generation
-
-    def _wait_for_change(self, generation: int, timeout: float | None = None) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._still(generation), timeout)
-
-    def _process(self, request: Request) -> tuple[int, Any]:
-        with self._changed:
-            status, reply = self._answer(request)
-            request.status = status
-            self._changed.notify_all()
-            return status, reply
+            return self._answer(request)
 
     def _answer(self, request: Request) -> tuple[int, Any]:
         if self.key and request.headers.get("x-wax-key") != self.key:
             return 401, {"detail": "key"}
+        is_ingest = self.ingest and request.path == str(self.ingest_endpoint).removeprefix(self.url)
+        if not is_ingest and not _ADDRESSES.fullmatch(request.path):
+            return self._violation(request, "address", 404)
+        if unknown := request.headers.keys() - _HEADERS:
+            return self._violation(request, f"header {min(unknown)}")
         if request.endpoint == "config":
-            config = {"otel_endpoint": "", "tenant_id": "t", "tenant_slug": "t"}
-            return 200, config | ({"ingest_endpoint": self.ingest_endpoint} if self.ingest else {})
+            return self._configuration(request)
         if request.method != "POST":
             return self._violation(request, f"method {request.method}", 405)
-        if request.endpoint == "ingest" and self.ingest:
+        if is_ingest:
             return self._ingest(request)
         if request.headers.get("content-type") != "application/json" or "content-encoding" in request.headers:
             return self._violation(request, "content headers")
@@ -302,9 +126,15 @@ class FaultyServer:
             return self._violation(request, "no JSON")
         if request.endpoint == "start":
             return self._start(request, body)
-        if request.endpoint in _BODIES:
-            return self._of_run(request, body)
-        return self._violation(request, "address", 404)
+        return self._of_run(request, body)
+
+    def _configuration(self, request: Request) -> tuple[int, Any]:
+        if request.method != "GET":
+            return self._violation(request, f"method {request.method}", 405)
+        if _CONTENT_HEADERS & request.headers.keys() or request.body:
+            return self._violation(request, "content headers")
+        config = {"otel_endpoint": "", "tenant_id": "t", "tenant_slug": "t"}
+        return 200, config | ({"ingest_endpoint": self.ingest_endpoint} if self.ingest else {})
 
     def _violation(self, request: Request, what: str, status: int = 400) -> tuple[int, Any]:
         self.violations.append(f"{request.method} {request.path}: {what}")
@@ -340,6 +170,9 @@ class FaultyServer:
         return 200, {"governance": self.governance}
 
     def _ingest(self, request: Request) -> tuple[int, Any]:
+        content = {request.headers.get(name) for name in ("content-type", "content-encoding")}
+        if content != {"application/x-ndjson", "gzip"}:
+            return self._violation(request, "content headers")
         accepted = duplicates = 0
         rejected: list[dict[str, str]] = []
         for line in request.body.splitlines():
@@ -373,102 +206,16 @@ class FaultyServer:
             run.ends.append(record)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = 60
+# --- what WIRE knows: addresses and headers, those that httpx adds among them -----------------------------
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
-        pass
+_ADDRESSES = re.compile(
+    rf"{re.escape(OBSERVE)}(config/|runs/start/|runs/[^/?]+/(llm-calls|steps|spans|complete)/)"
+)
+_CONTENT_HEADERS = {"content-type", "content-encoding"}
+_HEADERS = {"x-wax-key", "traceparent", "user-agent", "accept", "accept-encoding", "connection", "host"}
+_HEADERS |= {"content-length", *_CONTENT_HEADERS}
 
-    def do_GET(self) -> None:
-        self._handle()
-
-    do_POST = do_PUT = do_GET
-
-    def _handle(self) -> None:
-        server: FaultyServer = self.server  # type: ignore[assignment]
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        length = int(headers.get("content-length", 0))
-        body = self.rfile.read(length)
-        if len(body) < length:  # cut off, by the client or by our own `refuse`: no request at all
-            self.close_connection = True
-            return
-        if headers.get("content-encoding") == "gzip":
-            try:
-                body = gzip.decompress(body)
-            except (OSError, EOFError, zlib.error):
-                body = b""
-        request = Request(self.command or "", _endpoint(self.path), self.path, headers, body)
-        fault, generation = server._take_fault(request)
-        reply: tuple[int, Any] = (200, {})
-        if fault.name == "healthy" or fault.name == "trickle" or fault.processed:
-            reply = server._process(request)
-        if fault.name == "healthy":
-            self._send(*reply)
-        elif fault.name == "hang":
-            server._wait_for_change(generation)
-            self.close_connection = True
-        elif fault.name == "reset":
-            self._reset(fault)
-        elif fault.name == "trickle":
-            self._trickle(server, fault, generation, reply)
-        elif fault.name == "redirect":
-            self._send(307, {}, {"Location": fault.location})
-        elif fault.name == "invalid_json":
-            self._send(200, b"<html>Welcome to this hotel's network</html>")
-        else:
-            extra = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
-            self._send(fault.status, {"detail": "as you wish"}, extra)
-
-    def _send(self, status: int, reply: Any, headers: dict[str, str] | None = None) -> None:
-        self.wfile.write(self._response(status, reply, headers))
-
-    def _response(self, status: int, reply: Any, headers: dict[str, str] | None = None) -> bytes:
-        body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        head = {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}
-        lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in head.items()), "", ""]
-        return "\r\n".join(lines).encode() + body
-
-    def _reset(self, fault: _Fault) -> None:
-        self.close_connection = True
-        if fault.where == "body":
-            self.wfile.write(b'HTTP/1.1 200 X\r\nContent-Length: 1000\r\n\r\n{"run_id"')
-            time.sleep(0.05)  # or the RST may overtake what was sent
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-
-    def _trickle(self, server: FaultyServer, fault: _Fault, generation: int, reply: tuple[int, Any]) -> None:
-        response = self._response(*reply)
-        head = 0 if fault.where == "headers" else response.index(b"\r\n\r\n") + 4
-        self.wfile.write(response[:head])
-        for index in range(head, len(response)):
-            if server._wait_for_change(generation, fault.interval):
-                self.close_connection = True
-                return
-            self.wfile.write(response[index : index + 1])
-
-
-def _endpoint(path: str) -> str:
-    """Name the endpoint: the last part of the address (`llm-calls`, `config`, …)."""
-    return path.split("?")[0].rstrip("/").rpartition("/")[2]
-
-
-def _bound(port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", port))
-    return sock
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # gone already
-
-
-# --- what WIRE knows: field → (always there?, allowed types or the schema of a list's items) --------------
+# --- … and bodies: field → (always there?, allowed types or the schema of a list's items) ------------------
 
 _Schema = dict[str, tuple[bool, Any]]
 _NUMBER = (int, float)

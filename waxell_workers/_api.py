@@ -128,6 +128,7 @@ def record_llm_call(
 def _listen(collector: Collector) -> None:
     settings = collector.settings
     if not collector.active:
+        capturing.uninstall()
         return
     capturing.install(
         collector.record_call,

@@ -124,6 +124,13 @@ def _lost(task_id: str, exception: BaseException) -> None:
     tasks.task_lost(task_id, reason, kind)
 
 
+@_connect(signals.task_revoked)
+def _revoked(request: Any = None, terminated: bool = False, signum: Any = None, **_: Any) -> None:
+    if terminated and request is not None:
+        reason = f"revoked, and terminated by {signum or 'a signal'}"
+        tasks.task_lost(request.id, reason, "Terminated", state="revoked")
+
+
 @_connect(signals.celeryd_after_setup)
 @_connect(signals.worker_before_create_process)
 def _booting(**_: Any) -> None:
@@ -199,10 +206,17 @@ def _note_error(request: Context, error: BaseException) -> None:
 
 
 def _time_left_s(task: CeleryTask, run: Run) -> float | None:
-    """Return the seconds until the hard time limit, which goes on while we wait; None without one."""
-    hard, _soft = task.request.timelimit or (None, None)
-    limit = hard or task.time_limit or task.app.conf.task_time_limit
-    return None if limit is None else limit - run.elapsed_s()
+    """Return the seconds until a time limit strikes, which goes on while we wait; None without one.
+
+    The soft one too: it would surface in our handler, and Celery would log that it did.
+    """
+    hard, soft = task.request.timelimit or (None, None)
+    limits = (
+        hard or task.time_limit or task.app.conf.task_time_limit,
+        soft or task.soft_time_limit or task.app.conf.task_soft_time_limit,
+    )
+    left = [limit - run.elapsed_s() for limit in limits if limit is not None]
+    return min(left) if left else None
 
 
 def _timestamp(eta: object) -> float | None:

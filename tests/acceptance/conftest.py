@@ -6,7 +6,15 @@ import os
 
 import pytest
 
-from tests.harness import Worker, children_in, rabbitmq_answers, start_model, start_server, start_valkey
+from tests.harness import (
+    RABBITMQ_URL,
+    Worker,
+    children_in,
+    rabbitmq_answers,
+    start_model,
+    start_server,
+    start_valkey,
+)
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +24,8 @@ def session_children(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def valkey(session_children, tmp_path_factory):
-    return start_valkey(session_children, tmp_path_factory.mktemp("v"))
+def valkey(session_children):
+    return start_valkey(session_children)
 
 
 @pytest.fixture(scope="session")
@@ -28,16 +36,17 @@ def model(session_children):
 @pytest.fixture
 def rabbitmq():
     if rabbitmq_answers():
-        return "amqp://guest:guest@127.0.0.1:5672//"
+        return RABBITMQ_URL
     message = "RabbitMQ does not answer on 127.0.0.1:5672"
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     return pytest.skip(message)
 
 
-@pytest.fixture(params=["ingest", "rest"])
-def protocol(request):
-    return request.param
+@pytest.fixture
+def protocol():
+    """How it is delivered; a module for which REST makes a difference says so."""
+    return "ingest"
 
 
 @pytest.fixture

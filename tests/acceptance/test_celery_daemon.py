@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from tests.acceptance.test_celery import POOLS, assert_each_once
-from tests.harness import APP, START_S, Worker, await_, start_valkey
+from tests.harness import APP, ROOT, START_S, Worker, await_, start_valkey
 
 TASKS = 30
 TICKS = 5
@@ -194,28 +195,63 @@ def everybodys():
     shutil.rmtree(directory)
 
 
-@pytest.fixture
-def as_nobody(everybodys, children, model, request, tmp_path):
-    """A worker all of whose surroundings the user `nobody` may use, except its spool: that is the test's."""
+@pytest.fixture(scope="module")
+def common_python():
+    """A Python that every user may execute, and its environment; one in root's home is copied to `/tmp`."""
+    if as_user(sys.executable, {}).returncode == 0:
+        yield sys.executable, {}
+        return
+    directory = Path(tempfile.mkdtemp(prefix="waxell-python-"))
+    directory.chmod(0o755)
+    try:
+        yield copy_of_python(directory)
+    finally:
+        shutil.rmtree(directory)
+
+
+def copy_of_python(directory: Path) -> tuple[str, dict[str, str]]:
+    """Copy this interpreter and its standard library; the packages stay where they are."""
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = shutil.ignore_patterns("site-packages", "test", "tests", "idlelib", "config-*")
+    shutil.copytree(library, directory / "lib" / library.name, ignore=left_out, symlinks=True)
+    for shared in library.parent.glob("libpython*.so*"):
+        shutil.copy(shared, directory / "lib")
+    (directory / "bin").mkdir()
+    executable = shutil.copy(Path(sys.executable).resolve(), directory / "bin")
+    packages = [str(ROOT), sysconfig.get_path("purelib")]
+    return str(executable), {
+        "LD_LIBRARY_PATH": str(directory / "lib"),
+        "PYTHONPATH": os.pathsep.join(packages),
+    }
+
+
+def as_user(python: str, environ: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+    """Import, as that user, what a worker imports."""
     user = pwd.getpwnam(USER)
-    tried = subprocess.run(
+    return subprocess.run(
         f"exec setpriv --reuid {user.pw_uid} --regid {user.pw_gid} --clear-groups "
-        f"{sys.executable} -c 'import asyncio, celery, httpx, openai, redis, waxell_workers.celery'",
+        f"{python} -c 'import asyncio, celery, httpx, openai, redis.asyncio, waxell_workers.celery'",
         shell=True,
         cwd=APP,
-        env={**os.environ, "HOME": "/"},
+        env={**os.environ, "HOME": "/"} | environ,
         capture_output=True,
         check=False,
     )
+
+
+@pytest.fixture
+def as_nobody(everybodys, common_python, children, model, request, tmp_path):
+    """A worker all of whose surroundings the user `nobody` may use, except its spool: that is the test's."""
+    python, environ = common_python
+    tried = as_user(python, environ)
     if tried.returncode != 0:
-        pytest.skip(f"{USER} may not use this Python: {tried.stderr.decode()[-200:]}")
-    broker = start_valkey(children, everybodys)
-    (everybodys / "valkey.sock").chmod(0o777)
+        pytest.skip(f"{USER} may not use this checkout: {tried.stderr.decode()[-200:]}")
+    broker = start_valkey(children)
     temporary = everybodys / "tmp"
     temporary.mkdir()
     temporary.chmod(0o1777)
-    worker = UsersWorker(broker, model, "", everybodys)
-    worker.settings |= {"TMPDIR": str(temporary), "HOME": str(tmp_path), "XDG_STATE_HOME": ""}
+    worker = UsersWorker(broker, model, "", everybodys, python=python)
+    worker.settings |= {"TMPDIR": str(temporary), "HOME": str(tmp_path), "XDG_STATE_HOME": ""} | environ
     yield worker
     worker.stop()
 

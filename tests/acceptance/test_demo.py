@@ -77,17 +77,23 @@ def command_of(process):
 
 
 def test_the_demo_loses_nothing_although_its_tasks_are_killed(demo):
-    """The point of it all: hard limits and a SIGKILL, and every attempt and call is at the server, once."""
+    """The point of it all: hard limits, SIGKILLs, and every attempt and call of all three is there, once."""
     with demo("--once", "--json") as process:
         out, err = process.communicate(timeout=DEMO_S)
     assert process.returncode == 0, err
     figures = json.loads(out)
     assert set(figures) >= FIGURES
     assert (figures["lost"], figures["duplicated"], figures["misattributed_calls"]) == (0, 0, 0)
-    assert figures["killed"] >= 3
-    assert figures["tasks"] == 60
-    assert figures["runs"] == figures["attempts"] > 60
-    assert figures["calls"] >= 60
+    assert figures["killed"] >= 4
+    assert figures["tasks"] == 100
+    assert figures["runs"] == figures["attempts"] > 100
+    assert figures["calls"] >= 100
+    assert {name: one["tasks"] for name, one in figures["frameworks"].items()} == {
+        "celery": 60,
+        "rq": 20,
+        "dramatiq": 20,
+    }
+    assert all(one["runs"] == one["attempts"] >= one["tasks"] for one in figures["frameworks"].values())
     assert figures["cost_usd"] > 0
     assert "stand-in" in err
 
@@ -95,19 +101,19 @@ def test_the_demo_loses_nothing_although_its_tasks_are_killed(demo):
 def test_a_model_that_does_not_answer_is_no_loss(demo):
     """Every call fails, the second tasks of chains never start, and the demo still ends with its count."""
     with demo(
-        *("--once", "--json", "--tasks", "12", "--base-url", "http://127.0.0.1:1/v1"), OPENAI_API_KEY="none"
+        *("--once", "--json", "--tasks", "24", "--base-url", "http://127.0.0.1:1/v1"), OPENAI_API_KEY="none"
     ) as process:
         out, err = process.communicate(timeout=DEMO_S)
     assert process.returncode == 0, err
     figures = json.loads(out)
-    assert figures["tasks"] == 12
+    assert figures["tasks"] == 24
     assert (figures["lost"], figures["duplicated"]) == (0, 0)
     assert figures["runs"] == figures["attempts"] > 0
 
 
 def test_without_once_the_page_stays_until_ctrl_c(demo):
     """The table is on stdout, the page still answers, Ctrl-C ends everything."""
-    with demo("--tasks", "10") as process:
+    with demo("--tasks", "24") as process:
         table = until(process.stdout, "duplicated")
         url = until(process.stderr, "The page stays at").split()[4]
         with urllib.request.urlopen(url, timeout=10) as page:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,22 +20,17 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.acceptance.waxell_observe.make_environment import HERE, NotAvailable, place_of, python_of_the_sdk
+from tests.environments import Environment, NotAvailable
 from tests.harness import START_S, Server, await_, environment, start_server
 from waxell_workers.server import Store
 
+HERE = Path(__file__).parent / "waxell_observe"
 PROGRAM_S = 90
 
 
 @pytest.fixture(scope="session")
 def sdk_python() -> Path:
-    try:
-        return python_of_the_sdk()
-    except NotAvailable as error:
-        message = f"waxell-observe cannot be installed: {error}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        return pytest.skip(message)
+    return Environment("waxell-observe", HERE / "requirements.txt").python_or_skip()
 
 
 @dataclass
@@ -370,23 +364,29 @@ def test_two_builds_at_once_make_one_environment(tmp_path):
     """Given two that need the environment, when they build at once, then one is left, whole."""
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("# nothing\n")
-    parent = tmp_path / "venvs"
+    empty = Environment("empty", requirements, parent=tmp_path / "venvs")
     with ThreadPoolExecutor(2) as pool:
-        found = set(pool.map(lambda _: python_of_the_sdk(parent, requirements), range(2)))
+        found = set(pool.map(lambda _: empty.python(), range(2)))
     [python] = found
-    assert [path.name for path in parent.iterdir()] == [python.parent.parent.name]
+    place = python.parent.parent
+    assert [path.name for path in empty.parent.iterdir()] == [place.name]
     done = subprocess.run(
         [str(python), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True
     )
-    assert done.stdout.strip() == str(python.parent.parent)
+    assert done.stdout.strip() == str(place)
     requirements.write_text("# something else\n")
-    assert place_of(parent, requirements) != python.parent.parent
+    assert empty.place != place
 
 
-def test_what_cannot_be_installed_is_said(tmp_path):
-    """Given a requirement that no index has, when installed, then the reason is told and nothing is left."""
+def test_what_cannot_be_installed_is_said(tmp_path, monkeypatch):
+    """Given a requirement that no index has, when installed, then nothing is left, and only CI fails."""
     requirements = tmp_path / "requirements.txt"
     requirements.write_text(f"--no-index\n--find-links {tmp_path}\nwaxell-observe==0.1.10\n")
+    unknown = Environment("unknown", requirements, parent=tmp_path / "venvs")
     with pytest.raises(NotAvailable, match=r"waxell-observe==0\.1\.10"):
-        python_of_the_sdk(tmp_path / "venvs", requirements)
-    assert list((tmp_path / "venvs").iterdir()) == []
+        unknown.python()
+    assert list(unknown.parent.iterdir()) == []
+    for ci, outcome in (("false", pytest.skip.Exception), ("true", pytest.fail.Exception)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(outcome, match="unknown cannot be installed: "):
+            unknown.python_or_skip()

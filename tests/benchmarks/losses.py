@@ -218,7 +218,7 @@ def play_all(plan: Sequence[tuple[str, str, str]]) -> Iterator[Result | None]:
 def start_backends(directory: Path) -> Iterator[Backends]:
     """Run the broker, the model, the local server and the collector."""
     with children_in(directory / "backends") as children, collector() as (url, collected):
-        broker = start_valkey(children, directory)
+        broker = start_valkey(children)
         server = start_server(children, directory)
         yield Backends(
             broker, start_model(children), server.url, url, arrived=lambda: server.calls() + collected

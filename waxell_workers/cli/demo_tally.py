@@ -29,6 +29,7 @@ class Attempt:
     task_id: str
     number: int
     """1 for the first."""
+    framework: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Tally:
     def __init__(self, client: Redis) -> None:
         self._client = client
 
+    @property
+    def connection(self) -> Redis:
+        """Where it is kept; RQ's own account is there too."""
+        return self._client
+
     def attempt_started(self, attempt: Attempt) -> None:
         """Note the start of an attempt; a second start of the same one counts again."""
         self._client.rpush(_ATTEMPTS, msgspec.json.encode(attempt))
@@ -55,9 +61,9 @@ class Tally:
         """Note a model's answer."""
         self._client.rpush(_CALLS, msgspec.json.encode(call))
 
-    def task_ended(self, task_id: str, state: str) -> None:
+    def task_ended(self, task_id: str, state: str, framework: str) -> None:
         """Note that a task will not be attempted again; the first note counts."""
-        self._client.hsetnx(_TASKS, task_id, state)
+        self._client.hsetnx(f"{_TASKS}:{framework}", task_id, state)
 
     def attempts(self) -> list[Attempt]:
         """Return every start of an attempt."""
@@ -69,10 +75,10 @@ class Tally:
         lines: list[bytes] = self._client.lrange(_CALLS, 0, -1)  # type: ignore[assignment]  # no decoding
         return [msgspec.json.decode(line, type=Call) for line in lines]
 
-    def ends(self) -> dict[str, str]:
-        """Return the tasks that have ended, and how."""
-        ends: dict[bytes, bytes] = self._client.hgetall(_TASKS)  # type: ignore[assignment]  # no decoding
-        return {task_id.decode(): state.decode() for task_id, state in ends.items()}
+    def ended(self, framework: str) -> int:
+        """Return how many of a framework's tasks have ended."""
+        ended: int = self._client.hlen(f"{_TASKS}:{framework}")
+        return ended
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Pure functions over two lists; nothing here knows how either came to be.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -85,6 +85,22 @@ def judge(tasks: int, attempts: Iterable[Attempt], calls: Iterable[Call], seen: 
         duplicated_calls=duplicated_calls,
         misattributed_calls=_misattributed(made, shown),
     )
+
+
+def judge_each(
+    ended: Mapping[str, int], attempts: Sequence[Attempt], calls: Sequence[Call], seen: Sequence[SeenRun]
+) -> dict[str, Verdict]:
+    """Judge each framework by itself, and `all` of them together."""
+    verdicts = {
+        framework: judge(
+            tasks,
+            [attempt for attempt in attempts if attempt.framework == framework],
+            [call for call in calls if call.attempt.framework == framework],
+            [run for run in seen if run.attempt.framework == framework],
+        )
+        for framework, tasks in ended.items()
+    }
+    return verdicts | {"all": judge(sum(ended.values()), attempts, calls, seen)}
 
 
 def _identity(call: Call) -> Hashable:

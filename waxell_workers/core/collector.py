@@ -14,6 +14,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,17 +242,20 @@ class Collector:
             self.stop()
             _keep_interrupt()
 
-    def stop(self) -> None:
+    def stop(self, spent_s: float = 0.0) -> None:
         """End what is open and have everything exported, within one `shutdown_timeout` for the whole exit.
 
         A framework's own exit hook comes first, and `atexit` after it, which then finds nothing to do.
+
+        Args:
+            spent_s: seconds that the exit has waited already.
         """
         self.close_open_runs()
         recorded = self._recorded.value
         if recorded == self._recorded_at_stop:
             return
         self._recorded_at_stop = recorded
-        self.shutdown(max(0.0, self.settings.shutdown_timeout - _EXIT_MARGIN_S))
+        self.shutdown(max(0.0, self.settings.shutdown_timeout - _EXIT_MARGIN_S - spent_s))
 
     # -- flushing ------------------------------------------------------------------------------
 
@@ -306,16 +311,18 @@ class Collector:
         if self.shipper_kind() != "thread":
             return self.force_flush(timeout, everybody=everybody)
         delivered = dropped = 0
-        while _is_shipped_elsewhere(directory):
+        while True:
+            if not _is_shipped_elsewhere(directory):
+                own = launch.drain_here(self.settings, directory, deadline)
+                if own is not None:
+                    dropped += own.dropped + self._new_drops()
+                    return FlushResult(delivered + own.delivered, own.pending, dropped)
             # In turns: another script, whose thread ships for us too, may end or die meanwhile.
             result = self.force_flush(min(_TURN_S, deadline - time.monotonic()), everybody=everybody)
             delivered, dropped = delivered + result.delivered, dropped + result.dropped
             if result.pending == 0 or time.monotonic() >= deadline:
                 return FlushResult(delivered, result.pending, dropped)
             time.sleep(_PAUSE_S)
-        result = launch.drain_here(self.settings, directory, deadline)
-        dropped += result.dropped + self._new_drops()
-        return FlushResult(delivered + result.delivered, result.pending, dropped)
 
     def _find_directory(self) -> str:
         """Return the journal's directory, if this process wrote there or, it seems, a child of it."""
@@ -413,6 +420,22 @@ def configure(settings: Settings) -> Collector:
         existing.warned = True
         logger.warning("waxell_workers is configured already: an init() with other settings is ignored")
     return existing
+
+
+@contextmanager
+def instead(collector: Collector) -> Iterator[None]:
+    """Have this process record through another collector while the block lasts: for tests."""
+    global _collector
+    previous, _collector = _collector, collector
+    collector.warned = True  # an `init` of the application under test: the test's settings stay
+    when_configured(collector)
+    try:
+        yield
+    finally:
+        collector.close_open_runs()
+        _collector = previous
+        # Without one from before, back to nothing: an inactive collector has no capture.
+        when_configured(previous or Collector(Settings(observe=False)))
 
 
 def _note_fork() -> None:

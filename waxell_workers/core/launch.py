@@ -79,7 +79,7 @@ def shipper_thread(directory: str) -> threading.Thread | None:
     return thread if thread is not None and thread.pid == os.getpid() and thread.is_alive() else None
 
 
-def drain_here(settings: Settings, directory: str, deadline: float) -> FlushResult:
+def drain_here(settings: Settings, directory: str, deadline: float) -> FlushResult | None:
     """Deliver what is there by this process's shipper thread, or on the calling thread, and stop shipping.
 
     At the interpreter's end no thread can be started on Python 3.12, so that nothing here tries to.
@@ -88,6 +88,9 @@ def drain_here(settings: Settings, directory: str, deadline: float) -> FlushResu
         settings: where to.
         directory: the destination's directory.
         deadline: `time.monotonic()` in seconds.
+
+    Returns:
+        What came of it; None if somebody else has begun to ship just now.
     """
     from .shipper import Shipper
 
@@ -96,7 +99,7 @@ def drain_here(settings: Settings, directory: str, deadline: float) -> FlushResu
         shipper = Shipper(settings, directory, stay=False)
         shipper.stop(deadline)
         if not shipper.run(0.0):
-            return FlushResult(0, 1, 0)
+            return None
         return FlushResult(shipper.delivered, shipper.pending, shipper.rejected)
     own = _threads[directory].shipper
     delivered, rejected = own.delivered, own.rejected

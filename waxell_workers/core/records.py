@@ -118,6 +118,8 @@ class TaskLost(_Record, frozen=True, kw_only=True, tag="task_lost"):
     """For people: `killed by signal 9`, `hard time limit (30s) exceeded`."""
     error_type: str = ""
     """The framework's exception: `WorkerLostError`, `TimeLimitExceeded`, …"""
+    state: str = "killed"
+    """What became of the run: `killed`, or `revoked` if somebody asked for it."""
 
 
 Record = RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost

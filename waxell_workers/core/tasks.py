@@ -105,6 +105,7 @@ class Task:
     """The message's headers, or whatever carries `HEADER` and `TRACEPARENT`."""
     parent_task_id: str = ""
     root_task_id: str = ""
+    group_id: str = ""
     inputs: Callable[[], dict[str, Any]] | None = None
     """Makes the arguments, as plain data; called only if content is captured."""
     nested: bool = False
@@ -181,11 +182,14 @@ def prepare(task: Task, marked: Options) -> Attempt:
 
 
 def begin(attempt: Attempt) -> None:
-    """Open the attempt's run and make it current; an older one left open on this slot is closed."""
+    """Open the attempt's run and make it current; an older one left open on this slot is closed.
+
+    Once more after an interrupt, it writes what may have been written already: that has the same id.
+    """
     slot = attempt.slot
     if slot is not None:
         older = _slots.get(slot)
-        if older is not None and older.is_open:
+        if older is not None and older is not attempt.run and older.is_open:
             older.leave_all()
             older.end("interrupted")
         _slots[slot] = attempt.run
@@ -208,11 +212,7 @@ def task_ended(
         time_left_s: seconds until the framework would kill this process, if it would.
         error: the error's fields, as `Run.end` takes them.
     """
-    run = attempt.run
-    run.leave_all()
-    run.end(state, **error)
-    if attempt.slot is not None and _slots.get(attempt.slot) is run:
-        del _slots[attempt.slot]
+    close(attempt, state, **error)
     if attempt.flush != "task":
         return
     timeout = attempt.flush_timeout
@@ -222,11 +222,33 @@ def task_ended(
         attempt.collector.force_flush(timeout)
 
 
-def task_lost(task_id: str, reason: str, error_type: str = "") -> None:
-    """Say, from the process that supervises, that the process which ran a task is gone."""
+def close(attempt: Attempt, state: str, **error: Any) -> None:
+    """Close an attempt's run and wait for nothing: for an adapter that flushes at a moment of its own.
+
+    Args:
+        attempt: what `prepare` returned.
+        state: one of `records.STATES`.
+        error: the error's fields, as `Run.end` takes them.
+    """
+    run = attempt.run
+    run.leave_all()
+    run.end(state, **error)
+    if attempt.slot is not None and _slots.get(attempt.slot) is run:
+        del _slots[attempt.slot]
+
+
+def task_lost(task_id: str, reason: str, error_type: str = "", *, state: str = "killed") -> None:
+    """Say, from the process that supervises, that the process which ran a task is gone.
+
+    Args:
+        task_id: the framework's id of the task.
+        reason: why, for people.
+        error_type: the framework's exception.
+        state: `killed`, or `revoked` if somebody asked for it.
+    """
     collector = configured()
     if collector is not None and collector.active:
-        collector.record(TaskLost, task_id=task_id, reason=reason, error_type=error_type)
+        collector.record(TaskLost, task_id=task_id, reason=reason, error_type=error_type, state=state)
 
 
 # -- worker ------------------------------------------------------------------------------------
@@ -239,9 +261,22 @@ def worker_booting() -> None:
     collector.flush_at_exit()
 
 
+def app_booting() -> None:
+    """Do, before a task waits for it, what the first record of a process does that is no worker.
+
+    It opens the journal, sees to a shipper, and to the exit of the interpreter.
+    """
+    current().token()
+
+
 def worker_ready() -> None:
     """Start the shipper where it is a thread: after the pool has forked."""
     current().ensure_shipper()
+
+
+def look_after_shipper() -> None:
+    """Start a shipper if nobody ships; may be called often, and looks every few seconds."""
+    current().look_for_shipper()
 
 
 def pool_process_started() -> None:
@@ -256,11 +291,15 @@ def pool_process_stopping() -> None:
         collector.close_open_runs()
 
 
-def worker_stopping() -> None:
-    """Have what is there delivered, for at most `shutdown_timeout`, worker and pool together."""
+def worker_stopping(spent_s: float = 0.0) -> None:
+    """Have what is there delivered, for at most `shutdown_timeout`, worker and pool together.
+
+    Args:
+        spent_s: seconds of `shutdown_timeout` that the adapter has waited already.
+    """
     collector = configured()
     if collector is not None:
-        collector.stop()
+        collector.stop(spent_s)
 
 
 def _metadata(task: Task, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,6 +322,7 @@ def _metadata(task: Task, carried: Mapping[str, Any]) -> dict[str, Any]:
         "wait_s": round(max(0.0, now - since), 6) if since else None,
         "parent_task_id": task.parent_task_id,
         "root_task_id": task.root_task_id,
+        "group_id": task.group_id,
     }
     return {key: value for key, value in metadata.items() if value not in (None, "")}
 

@@ -132,12 +132,25 @@ class Tracker:
 
     def _lose(self, lost: TaskLost) -> None:
         for run in self._runs.values():
-            if run.state.started.task_id == lost.task_id and not run.ended and run.lost is None:
+            if run.state.started.task_id != lost.task_id or run.lost is not None:
+                continue
+            if not run.ended:
                 run.lost = lost
                 self._changed[run.run_id] = run
+            else:
+                self._explain_end(run.run_id, lost)
         self._losses[lost.task_id] = lost
         if len(self._losses) > _LOST_KEPT:
             del self._losses[next(iter(self._losses))]
+
+    def _explain_end(self, run_id: str, lost: TaskLost) -> None:
+        """Give an end by interruption that has not been sent yet the reason that was told after it."""
+        entry = self._window.last(run_id)
+        end = entry.record if entry is not None else None
+        if entry is None or not isinstance(end, RunEnded) or end.state != "interrupted":
+            return
+        if abs(lost.at - end.at) <= _REASON_GRACE_S:  # else it is about another attempt
+            entry.record = _killed(end.id, end.at, lost, run_id, end.duration_ms)
 
     def end_dead_runs(self, *, leaving: bool) -> None:
         """End the open runs whose process is dead, once everything that it wrote has been read.
@@ -296,7 +309,7 @@ def _killed(record_id: str, at: float, lost: TaskLost | None, run_id: str, ms: f
         id=record_id,
         at=at,
         run_id=run_id,
-        state="killed",
+        state=lost.state if lost is not None else "killed",
         duration_ms=ms,
         error_type=lost.error_type if lost is not None else "ProcessDied",
         error_message=lost.reason if lost is not None else "the process died without a word",

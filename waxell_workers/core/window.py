@@ -149,6 +149,11 @@ class Window:
             and (entry.end is None or entry.end <= upto)
         )
 
+    def last(self, run_id: str) -> Entry | None:
+        """Return the newest pending entry of a run."""
+        queue = self._queues.get(run_id)
+        return queue.entries[-1] if queue is not None and queue.entries else None
+
     def has(self, run_id: str) -> bool:
         """True if records of this run are pending."""
         return run_id in self._queues

@@ -1,6 +1,6 @@
 """The demo's Celery app: a support desk whose tasks succeed, fail, are retried, hang and die.
 
-The worker imports it by name (`celery -A waxell_workers.cli.demo_tasks worker`). Each task notes in the
+The worker imports it by name (`celery -A waxell_workers.cli.demo_celery worker`). Each task notes in the
 tally what it did; that waxell-workers records it too is the one import below, as in any user's app.
 """
 
@@ -9,25 +9,19 @@ from __future__ import annotations
 import os
 import signal
 import time
-from functools import cache
 from random import Random
 from typing import Any
 
 from celery import Celery, Task, chain
 from celery.signals import task_failure, task_success
-from openai import OpenAI
-from redis import Redis
 
 import waxell_workers.celery  # noqa: F401  records every task
 
-from .demo_tally import Attempt, Call, Tally
+from . import demo_desk
+from .demo_desk import HANG_S, VALKEY_SOCKET, tally
+from .demo_tally import Attempt
 
-VALKEY_SOCKET = os.environ.get("DEMO_VALKEY_SOCKET", "")
-MODEL = os.environ.get("DEMO_MODEL", "gpt-4o-mini")
-EMBEDDING_MODEL = os.environ.get("DEMO_EMBEDDING_MODEL", "text-embedding-3-small")
 HARD_LIMIT_S = 3
-HANG_S = 60
-"""How long a task hangs that the hard time limit is to end: much longer than the limit."""
 LEAST_TASKS = 10
 """Fewer tasks than this cannot be of every kind."""
 
@@ -36,26 +30,20 @@ class NotedTask(Task):  # type: ignore[misc]  # celery ships no types
     """A task that notes each of its attempts before its body runs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tally().attempt_started(Attempt(self.request.id, self.request.retries + 1))
+        tally().attempt_started(self._attempt)
         return super().__call__(*args, **kwargs)
 
     def ask(self, question: str) -> str:
-        """Ask the model, and note that it has answered."""
-        answer = client().chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": question}]
-        )
-        self._note(MODEL, answer.id)
-        return answer.choices[0].message.content or ""
+        """Ask the model."""
+        return demo_desk.ask(self._attempt, question)
 
     def embed(self, text: str) -> list[float]:
-        """Have the model embed a text, and note that it has answered."""
-        answer = client().embeddings.create(model=EMBEDDING_MODEL, input=text)
-        self._note(EMBEDDING_MODEL, "")
-        return answer.data[0].embedding
+        """Have the model embed a text."""
+        return demo_desk.embed(self._attempt, text)
 
-    def _note(self, model: str, response_id: str) -> None:
-        attempt = Attempt(self.request.id, self.request.retries + 1)
-        tally().call_returned(Call(attempt, model, response_id))
+    @property
+    def _attempt(self) -> Attempt:
+        return Attempt(self.request.id, self.request.retries + 1, "celery")
 
 
 app = Celery("demo", broker=f"redis+socket://{VALKEY_SOCKET}", task_cls=NotedTask)
@@ -65,18 +53,6 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     worker_send_task_events=False,
 )
-
-
-@cache
-def tally() -> Tally:
-    """Return this process's tally (redis-py reconnects after a fork)."""
-    return Tally(Redis(unix_socket_path=VALKEY_SOCKET, socket_timeout=5.0))
-
-
-@cache
-def client() -> OpenAI:
-    """Return this process's client; only pool processes ask for it."""
-    return OpenAI(max_retries=0, timeout=20.0)
 
 
 @app.task(bind=True, name="tickets.triage")  # type: ignore[untyped-decorator]
@@ -128,26 +104,15 @@ def read_attachment(self: NotedTask, ticket: str) -> None:
 
 @task_success.connect  # type: ignore[untyped-decorator]
 def _note_success(sender: NotedTask, **_: object) -> None:
-    tally().task_ended(sender.request.id, "success")
+    tally().task_ended(sender.request.id, "success", "celery")
 
 
 @task_failure.connect  # type: ignore[untyped-decorator]
 def _note_failure(sender: NotedTask, task_id: str, exception: BaseException, **_: object) -> None:
     """Note the end of a task; for one whose process is gone, Celery's main process comes here."""
-    tally().task_ended(task_id, type(exception).__name__)
+    tally().task_ended(task_id, type(exception).__name__, "celery")
     for successor in sender.request.chain or ():
-        tally().task_ended(successor["options"]["task_id"], "not started")
-
-
-TICKETS = (
-    "I was charged twice for November.",
-    "The link in the password mail has expired.",
-    "My parcel is at a neighbour whom I do not know.",
-    "Please cancel the second licence, not the first.",
-    "The export has been at 99 % since this morning.",
-    "Your invoice names a company that I left years ago.",
-    "After the update the app asks for a code that never comes.",
-)
+        tally().task_ended(successor["options"]["task_id"], "not started", "celery")
 
 
 def send(tasks: int) -> None:
@@ -160,7 +125,7 @@ def plan(tasks: int) -> list[Any]:
     """Return signatures that make `tasks` tasks: one killed, two hanging, the others in fixed proportions."""
     failing, retried, hopeless, lookups = (max(1, tasks * share // 60) for share in (4, 4, 2, 9))
     chains, odd = divmod(tasks - 3 - failing - retried - hopeless - lookups, 2)
-    tickets = [TICKETS[number % len(TICKETS)] for number in range(tasks)]
+    tickets = [demo_desk.ticket(number) for number in range(tasks)]
     routine = [
         *(chain(triage.s(ticket), summarise.s()) for ticket in tickets[:chains]),
         *(lookup.s(ticket) for ticket in tickets[: lookups + odd]),

@@ -1,0 +1,71 @@
+"""What waxell-workers records of a worker that pytest-celery starts, kills and restarts."""
+
+import pytest
+from pytest_celery import RESULT_TIMEOUT
+
+from waxell_workers.testing.conformance import witness as notes
+from waxell_workers.testing.conformance.stage import await_
+
+
+def send(setup, name, *arguments):
+    """Enqueue a task whose result is kept; the app itself keeps none."""
+    return setup.app.send_task(name, arguments, ignore_result=False)
+
+
+def recorded(server, *results):
+    """Return states and calls of the runs of each task once all of them have ended at the server."""
+
+    def runs_by_task():
+        runs = {result.id: [] for result in results}
+        for run in server.runs():
+            if run["task_id"] in runs:
+                runs[run["task_id"]].append((run["status"], len(run["markers"])))
+        states = [state for found in runs.values() for state, _ in found]
+        return all(runs.values()) and "running" not in states and [sorted(runs[r.id]) for r in results]
+
+    return await_(runs_by_task, "runs of every task")
+
+
+def test_each_attempt_is_a_run_with_its_calls(celery_setup, server):
+    """Given tasks that succeed, fail and are retried, when done, then the server has each attempt's calls."""
+    assert celery_setup.ready(ping=True, control=True)
+    triage = send(celery_setup, "tasks.triage", "I was charged twice.")
+    translate = send(celery_setup, "tasks.translate", "I was charged twice.", "tlh")
+    update = send(celery_setup, "tasks.update_crm", "I was charged twice.")
+
+    assert triage.get(timeout=RESULT_TIMEOUT)["ticket"] == "I was charged twice."
+    with pytest.raises(ValueError, match="no desk for tlh"):
+        translate.get(timeout=RESULT_TIMEOUT)
+    assert "CRM note" in update.get(timeout=RESULT_TIMEOUT)
+    celery_setup.worker.assert_log_exists(f"tasks.update_crm[{update.id}] retry")
+    celery_setup.worker.assert_log_exists(f"tasks.update_crm[{update.id}] succeeded")
+    celery_setup.worker.assert_log_does_not_exist("WorkerLostError")
+
+    assert recorded(server, triage, translate, update) == [
+        [("success", 1)],
+        [("error", 1)],
+        [("retry", 1), ("success", 1)],
+    ]
+
+
+def test_a_killed_worker_loses_no_call(celery_setup, server, witness):
+    """Given a worker in mid-task, when killed and restarted, then each call arrives, the dead task's too."""
+    assert celery_setup.ready(ping=True, control=True)
+    done = [send(celery_setup, "tasks.triage", f"ticket {number}") for number in range(10)]
+    cut_off = send(celery_setup, "scenarios.ask_then_sleep", "cut-off", 600)
+    for result in done:
+        result.get(timeout=RESULT_TIMEOUT)
+    await_(lambda: notes.notes(witness, "body"), "call in mid-task")
+
+    celery_setup.worker.kill()
+    assert celery_setup.worker.container.status == "exited"
+    celery_setup.worker.restart()
+    assert celery_setup.ready(ping=True, control=True)
+    later = send(celery_setup, "tasks.triage", "one more")
+    later.get(timeout=RESULT_TIMEOUT)
+
+    assert recorded(server, *done, cut_off, later) == [
+        *[[("success", 1)]] * 10,
+        [("killed", 1)],
+        [("success", 1)],
+    ]

@@ -1,0 +1,361 @@
+"""The scenarios that every adapter must play, in every mode that its driver names.
+
+Each is a claim about real processes: the framework's own worker, started by its own command line, a real
+broker, the real server. Import them all into a test module, or run this one with `--pyargs`.
+"""
+
+from __future__ import annotations
+
+import signal
+import statistics
+from itertools import pairwise
+
+import pytest
+
+from .driver import CHILD, ENQUEUE, HARD_LIMIT, RECYCLE, RETRY, SECOND_SIGTERM, SOFT_LIMIT, THREADS
+from .faults import FaultyProxy
+from .plugin import Cell
+from .stage import RunningWorker
+
+TASKS = 100
+FEW = 25
+CROWD = 1000
+FAULTS = {"refuse": {}, "503": {}, "hang": {}, "reset": {"where": "body"}}
+FLUSHED = {"globally": ("task", "look_then_ask"), "by its options": ("periodic", "look_then_ask_and_flush")}
+PROMISED_RATIO = 1.2
+PROMISED_STOP_S = 3.0
+ROUNDS = 4
+MOST_ROUNDS = 16
+MOST_STOPS = 3
+NOISE = 0.05
+BATCH = 20
+FLUSH_TASKS = 6
+TIMELY_S = 2.0
+"""Beside a wait that is bounded, what a task of milliseconds may take on a busy machine."""
+
+
+def names(prefix: str, count: int) -> list[str]:
+    """Return markers that tell calls apart."""
+    return [f"{prefix}-{number:04d}" for number in range(count)]
+
+
+def run_tasks(worker: RunningWorker, markers: list[str], scenario: str = "ask") -> None:
+    """Have tasks executed by a worker that has executed nothing since its start."""
+    if worker.mode.broker:
+        worker.send_many(markers, scenario)
+        worker.start()
+    else:
+        worker.start()
+        worker.send_many(markers, scenario)
+    worker.wait_done(len(markers))
+
+
+# -- 1 and 3: every task, whatever the worker's end --------------------------------------------
+
+
+def test_each_task_is_a_run_with_exactly_its_own_call(cell: Cell) -> None:
+    """100 tasks of a worker that is left running: 100 runs, each with its call, none twice."""
+    worker, markers = cell.worker(), names("left", TASKS)
+    run_tasks(worker, markers)
+    runs = cell.await_runs(markers)
+    assert {run["status"] for run in runs} == {"success"}
+    assert {run["workflow_name"] for run in runs} == {cell.driver.framework}
+    assert len({run["task_id"] for run in runs}) == TASKS
+    for run in runs:
+        metadata = run["metadata"]
+        assert metadata["framework"] == cell.driver.framework
+        assert metadata["task"].endswith("ask")
+        assert metadata["attempt"] == 1
+        assert {"task_id", "pid", "host"} <= metadata.keys()
+
+
+def test_sigterm_after_the_last_task_loses_nothing(cell: Cell) -> None:
+    """SIGTERM right after the last task."""
+    worker, markers = cell.worker(), names("term", FEW)
+    run_tasks(worker, markers)
+    worker.terminate()
+    cell.await_runs(markers)
+
+
+@pytest.mark.needs(SECOND_SIGTERM)
+def test_a_second_sigterm_loses_nothing(cell: Cell) -> None:
+    """SIGTERM, and again while a task is in the middle: what was done arrives, and no run stays open.
+
+    What a second signal does to the task is the framework's business: it may end it, or let it finish.
+    """
+    worker, markers = cell.worker(), names("twice", FEW)
+    run_tasks(worker, markers)
+    worker.send("ask_then_sleep", "slow", 6)
+    worker.wait_noted("body", FEW + 1)
+    worker.signal(signal.SIGTERM)
+    try:
+        worker.wait_ended(2.0)  # frameworks take two signals within a second for one
+    except AssertionError:
+        worker.signal(signal.SIGTERM)
+    worker.wait_ended()
+    cell.after_kill(worker)
+    cell.await_runs([*markers, "slow"])
+
+
+def test_sigkill_of_the_whole_tree_loses_nothing(cell: Cell) -> None:
+    """SIGKILL of every process of the worker right after the last task."""
+    worker, markers = cell.worker(), names("kill", FEW)
+    run_tasks(worker, markers)
+    worker.kill_tree()
+    cell.after_kill(worker)
+    runs = cell.await_runs(markers)
+    assert {run["status"] for run in runs} == {"success"}
+
+
+@pytest.mark.needs(RECYCLE)
+def test_recycling_after_every_task_loses_nothing(cell: Cell) -> None:
+    """Each process executes one task and is replaced."""
+    worker, markers = cell.worker(recycle=True, slots=8), names("recycled", FEW)
+    run_tasks(worker, markers)
+    runs = cell.await_runs(markers)
+    assert len({run["metadata"]["pid"] for run in runs}) == FEW
+
+
+def test_a_task_that_is_killed_keeps_its_call(cell: Cell) -> None:
+    """A process SIGKILLed in mid-task: its run is `killed`, with its call and a reason."""
+    worker = cell.worker()
+    worker.start()
+    worker.send("ask_then_die", "dying")
+    if cell.can(CHILD):
+        run = cell.await_run("dying")
+        assert "SIGKILL" in run["error"] or "signal 9" in run["error"]
+        worker.send("ask", "survivor")
+        assert cell.await_run("survivor")["status"] == "success"
+    else:
+        worker.wait_ended()
+        cell.after_kill(worker)
+        run = cell.await_run("dying")
+        assert "ProcessDied" in run["error"]
+    assert run["status"] == "killed"
+
+
+@pytest.mark.needs(SOFT_LIMIT)
+def test_a_soft_time_limit_is_an_error_with_its_call(cell: Cell) -> None:
+    """A time limit that raises in the task: the exception is the framework's, the run has call and type."""
+    worker = cell.worker()
+    worker.start()
+    worker.send("ask_then_sleep", "slow", 30, soft_limit_s=1)
+    run = cell.await_run("slow")
+    assert run["status"] == "error"
+    assert cell.driver.soft_limit_error in run["error"]
+
+
+@pytest.mark.needs(HARD_LIMIT)
+def test_a_hard_time_limit_leaves_a_killed_run(cell: Cell) -> None:
+    """A time limit that kills the process: the run is `killed`, with its call and the reason."""
+    worker = cell.worker()
+    worker.start()
+    worker.send("ask_then_sleep", "slow", 60, hard_limit_s=1)
+    run = cell.await_run("slow")
+    assert run["status"] == "killed"
+    assert "limit" in run["error"]
+
+
+# -- 2: what became of a task ------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_every_outcome_has_its_state(cell: Cell) -> None:
+    """Success, failure, control flow: the run says what happened; the framework says what it always says."""
+    worker = cell.worker()
+    worker.start()
+    failed = worker.send("fail", "failing")
+    controlled = {name: worker.send("control", f"control-{name}", name) for name in cell.driver.controls}
+    worker.send("ask", "asking")
+    assert cell.await_run("asking")["status"] == "success"
+    run = cell.await_run("failing")
+    assert run["status"] == "error"
+    assert run["error"].startswith("ValueError: the answer has")
+    assert "in fail" in run["traceback"]
+    assert "raise ValueError" not in run["traceback"], "source lines are content"
+    assert run["inputs"] == "{}", "arguments are content"
+    assert cell.driver.outcome(worker, failed) == cell.driver.failed
+    for name, expected in cell.driver.controls.items():
+        assert cell.await_run(f"control-{name}")["status"] == expected.state, name
+        assert cell.driver.outcome(worker, controlled[name]) == expected.outcome
+
+
+@pytest.mark.needs(RETRY)
+def test_retries_are_runs_of_one_task(cell: Cell) -> None:
+    """Each attempt is a run of its own, with its number, its call and the task's id."""
+    worker = cell.worker()
+    worker.start()
+    worker.send("flaky", "in the end", 3, 3)
+    worker.send("flaky", "never", 9, 3)
+    for marker, last in (("in the end", "success"), ("never", "error")):
+        runs = cell.await_runs([marker], runs_each=3)
+        states = {run["metadata"]["attempt"]: run["status"] for run in runs}
+        assert states == {1: "retry", 2: "retry", 3: last}
+        assert len({run["task_id"] for run in runs}) == 1
+        failures = {run["metadata"]["attempt"]: run["error"] for run in runs if run["status"] != "success"}
+        for attempt, error in failures.items():
+            assert error == f"ConnectionError: attempt {attempt} failed"
+
+
+# -- 4: a sick server --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tasks_do_not_notice_a_sick_server(cell: Cell, fault: str) -> None:
+    """Tasks take at most 1.2 x as long (paired medians), and all arrives once the server is healthy."""
+    with FaultyProxy(cell.server.url) as faulty:
+        worker = cell.worker(slots=1, WAXELL_API_URL=faulty.url, WAXELL_FLUSH_INTERVAL="0.5")
+        markers = names("warm", BATCH)
+        run_tasks(worker, markers)
+        ratios: list[float] = []
+        # The machine is noisy, the tasks take milliseconds: where a few pairs say no, more are asked.
+        while len(ratios) < ROUNDS or (
+            len(ratios) < MOST_ROUNDS and statistics.median(ratios) > PROMISED_RATIO - NOISE
+        ):
+            times = {}
+            for mode in ("healthy", fault) if len(ratios) % 2 else (fault, "healthy"):
+                faulty.mode(mode, **FAULTS.get(mode, {}))
+                batch = names(f"{mode}-{len(ratios)}", BATCH)
+                times[mode] = median_cycle_s(worker, batch, len(markers))
+                markers += batch
+            ratios.append(times[fault] / times["healthy"])
+        assert statistics.median(ratios) <= PROMISED_RATIO, ratios
+        assert fault == "refuse" or faulty.fired[fault] > 0, "the fault did not fire"
+        faulty.mode("healthy")
+        cell.await_runs(markers)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_worker_stops_in_time_though_the_server_is_sick(cell: Cell, fault: str) -> None:
+    """The stop takes at most 3 s more than the worker's own, and all arrives once the server is healthy.
+
+    Noise only adds, so that the quickest of a few pairs counts.
+    """
+    later_by: list[float] = []
+    with FaultyProxy(cell.server.url) as faulty:
+        while not later_by or (min(later_by) > PROMISED_STOP_S and len(later_by) < MOST_STOPS):
+            off = cell.worker(WAXELL_OBSERVE="false")
+            run_tasks(off, names("off", FEW))
+            own_s = off.terminate()
+            faulty.mode(fault, **FAULTS[fault])
+            worker, markers = cell.worker(WAXELL_API_URL=faulty.url), names(f"{len(later_by)}", FEW)
+            run_tasks(worker, markers)
+            later_by.append(worker.terminate() - own_s)
+            assert not set(markers) & set(cell.server.calls()), "the fault did not fire"
+            faulty.mode("healthy")
+            cell.after_kill(worker)
+            cell.await_runs(markers)
+    assert min(later_by) <= PROMISED_STOP_S, later_by
+
+
+def median_cycle_s(worker: RunningWorker, batch: list[str], before: int) -> float:
+    """Have a batch executed by the only slot; return the median time from one beginning to the next."""
+    worker.send_many(batch)
+    worker.wait_done(before + len(batch))
+    moments = [note.at for note in worker.notes("began") if note.marker in batch]
+    return statistics.median(after - earlier for earlier, after in pairwise(moments))
+
+
+# -- 5: a flush for each task ------------------------------------------------------------------
+
+
+def test_without_a_flush_a_task_finds_nothing_at_the_server(cell: Cell) -> None:
+    """Under `periodic`, with an interval of an hour: so that the next two claims can fail."""
+    worker = cell.worker(slots=1, WAXELL_FLUSH_INTERVAL="3600")
+    run_tasks(worker, names("unflushed", FLUSH_TASKS), "look_then_ask")
+    assert [note.marker for note in worker.notes("saw")] == ["0"] * FLUSH_TASKS
+
+
+@pytest.mark.parametrize("where", FLUSHED)
+def test_a_flushed_task_is_at_the_server_before_the_next_begins(cell: Cell, where: str) -> None:
+    """With one slot, the k-th task finds k ended runs there."""
+    policy, scenario = FLUSHED[where]
+    worker = cell.worker(
+        slots=1, WAXELL_FLUSH=policy, WAXELL_FLUSH_INTERVAL="3600", WAXELL_FLUSH_TIMEOUT="20"
+    )
+    run_tasks(worker, names("flushed", FLUSH_TASKS), scenario)
+    assert [note.marker for note in worker.notes("saw")] == [str(number) for number in range(FLUSH_TASKS)]
+    cell.await_runs(names("flushed", FLUSH_TASKS))
+
+
+def test_a_flush_is_bounded_when_the_server_hangs(cell: Cell) -> None:
+    """A task waits no longer than `flush_timeout`, and all arrives later."""
+    with FaultyProxy(cell.server.url) as faulty:
+        faulty.mode("hang")
+        worker = cell.worker(
+            slots=1, WAXELL_API_URL=faulty.url, WAXELL_FLUSH="task", WAXELL_FLUSH_TIMEOUT="1"
+        )
+        markers = names("patient", FLUSH_TASKS)
+        run_tasks(worker, markers)
+        moments = [note.at for note in worker.notes("began")]
+        cycles = [after - earlier for earlier, after in pairwise(moments)]
+        assert statistics.median(cycles) >= 0.9, "nothing was waited for"
+        assert statistics.median(cycles) <= 1 + TIMELY_S
+        assert faulty.fired["hang"] > 0, "the fault did not fire"
+        faulty.mode("healthy")
+        cell.await_runs(markers)
+
+
+@pytest.mark.needs(SOFT_LIMIT)
+def test_a_flush_never_outlasts_the_framework_s_own_limit(cell: Cell) -> None:
+    """A task with a time limit is not failed or killed by the flush after it, whatever `flush_timeout` is."""
+    limits = {"soft_limit_s": 3.0}
+    if cell.can(HARD_LIMIT):
+        limits["hard_limit_s"] = 4.0
+    with FaultyProxy(cell.server.url) as faulty:
+        faulty.mode("hang")
+        worker = cell.worker(
+            slots=1, WAXELL_API_URL=faulty.url, WAXELL_FLUSH="task", WAXELL_FLUSH_TIMEOUT="8"
+        )
+        worker.start()
+        handles = [worker.send("ask", marker, **limits) for marker in ("limited", "after")]
+        worker.wait_done(2)
+        assert faulty.fired["hang"] > 0, "the fault did not fire"
+        faulty.mode("healthy")
+        assert {run["status"] for run in cell.await_runs(["limited", "after"])} == {"success"}
+        unhindered = worker.send("ask", "unhindered")
+        worker.wait_done(3)
+        outcomes = {cell.driver.outcome(worker, handle) for handle in [*handles, unhindered]}
+        assert len(outcomes) == 1, outcomes
+
+
+# -- 6: many at once ---------------------------------------------------------------------------
+
+
+@pytest.mark.needs(THREADS)
+def test_a_thousand_tasks_at_once_keep_their_calls_apart(cell: Cell) -> None:
+    """1,000 tasks over 8 threads or greenlets: no call in a wrong run, no context left in a pool's thread."""
+    worker, markers = cell.worker(slots=8), names("crowd", CROWD)
+    run_tasks(worker, markers)
+    runs = cell.await_runs(markers)
+    assert {run["parent"] for run in runs} == {""}, "a context was left behind"
+    assert len({run["root"] for run in runs}) == CROWD
+
+
+# -- 7: tasks that enqueue tasks ---------------------------------------------------------------
+
+
+@pytest.mark.needs(ENQUEUE)
+def test_a_task_that_another_enqueues_is_its_child(cell: Cell) -> None:
+    """Parent, root and trace connect; the wait in the queue is known."""
+    worker = cell.worker()
+    worker.start()
+    worker.send("enqueue", "parent", "child")
+    child, parent = cell.await_run("child"), cell.await_run("parent")
+    assert child["parent"] == parent["run_id"]
+    assert child["root"] == parent["root"] == parent["run_id"]
+    assert child["trace"] == parent["trace"]
+    assert child["metadata"]["wait_s"] >= 0
+
+
+def test_content_is_recorded_where_it_is_asked_for(cell: Cell) -> None:
+    """With `capture_content`, a run has its arguments, and a traceback its source lines."""
+    worker = cell.worker(WAXELL_CAPTURE_CONTENT="true")
+    worker.start()
+    worker.send("fail", "telling")
+    run = cell.await_run("telling")
+    assert "raise ValueError" in run["traceback"]
+    assert "telling" in run["inputs"]
+
+
+__all__ = [name for name in globals() if name.startswith("test_")]
