@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 PARENT = Path(__file__).parents[1] / ".venv"
 INSTALL_S = 300
+ASK_S = 30
 
 
 class NotAvailable(Exception):
@@ -35,11 +37,13 @@ class Environment:
     project: Path | None = None
     """The directory of a project that is installed as well, as it lies there."""
     parent: Path = PARENT
+    interpreter: str = sys.executable
+    """The Python that it is made of."""
 
     @property
     def place(self) -> Path:
         """Where the environment for these requirements and this Python is, or will be."""
-        decides = f"{sys.version} {sys.base_prefix}\n".encode() + self.requirements.read_bytes()
+        decides = identity(self.interpreter).encode() + self.requirements.read_bytes()
         if self.project is not None:
             decides += f"{self.project}\n".encode() + (self.project / "pyproject.toml").read_bytes()
         return self.parent / f"{self.name}-{hashlib.sha256(decides).hexdigest()[:12]}"
@@ -76,7 +80,8 @@ class Environment:
             return pytest.skip(message)
 
     def _build(self, directory: Path) -> None:
-        venv = [sys.executable, "-m", "venv", "--without-pip", str(directory)]  # ours will do: saves seconds
+        # Our own pip will do, which saves seconds.
+        venv = [self.interpreter, "-m", "venv", "--without-pip", str(directory)]
         pip = [sys.executable, "-m", "pip", "--python", str(directory / "bin" / "python"), "install"]
         options = ["--quiet", "--no-input", "--disable-pip-version-check", "--only-binary", ":all:"]
         wanted = ["--requirement", str(self.requirements)]
@@ -92,3 +97,26 @@ class Environment:
             if done.returncode != 0:
                 last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
                 raise NotAvailable(f"{command[2]}: {' / '.join(last)}")
+
+
+def identity(interpreter: str) -> str:
+    """Return an interpreter's full version and its place; an empty string if it does not run."""
+    command = [interpreter, "-c", "import sys; print(sys.version, sys.base_prefix)"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
+def find_interpreter(*versions: str) -> str:
+    """Return a Python of one of these versions, on the PATH or pyenv's; an empty string if there is none."""
+    home = pwd.getpwuid(os.geteuid()).pw_dir  # HOME is an empty one: see tests/conftest.py
+    pyenv = Path(os.environ.get("PYENV_ROOT", f"{home}/.pyenv"), "versions")
+    for version in versions:
+        name = f"python{version}"
+        places = [shutil.which(name) or name, *map(str, pyenv.glob(f"{version}*/bin/{name}"))]
+        for place in places:
+            if identity(place).startswith(f"{version}."):  # a shim of pyenv's may lead nowhere
+                return place
+    return ""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,8 @@ class FaultyServer(FaultyHTTP):
         self.records: dict[str, dict[str, Any]] = {}
         """Ingest records by id."""
         self.duplicates = 0
+        self.connections = 0
+        """How many were accepted, whatever came of them."""
         self.violations: list[str] = []
         self._gone: set[str] = set()
 
@@ -98,6 +101,11 @@ class FaultyServer(FaultyHTTP):
         with self._changed:
             self._gone.update(self.runs)
             self.runs.clear()
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        with self._changed:
+            self.connections += 1
+        super()._serve(connection, address)
 
     def answer(self, request: Request) -> tuple[int, Any]:
         """Answer as WIRE says, or note a violation."""

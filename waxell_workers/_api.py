@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import capture as capturing
-from .core import collector as collecting
-from .core.collector import Collector, Stats, configure, current
+from .core.collector import Collector, Stats, configure, current, when_configured
 from .core.config import resolve
 from .core.flush import FlushResult
-from .core.runs import current_run_id, told_call
+from .core.runs import current_run_id, record_reported_call
 from .core.values import Redactor
 
 
@@ -111,17 +110,17 @@ def record_llm_call(
     Raises:
         TypeError: a field that a call does not have.
     """
-    told_call(
+    record_reported_call(
         current(),
         current_run_id(),
-        model,
-        tokens_in,
-        tokens_out,
-        cost,
-        task,
-        prompt_preview,
-        response_preview,
-        fields,
+        model=model,
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        cost=cost,
+        task=task,
+        prompt_preview=prompt_preview,
+        response_preview=response_preview,
+        fields=fields,
     )
 
 
@@ -139,4 +138,4 @@ def _listen(collector: Collector) -> None:
     )
 
 
-collecting.when_configured = _listen
+when_configured(_listen)

@@ -62,6 +62,9 @@ class WaxellMiddleware(Middleware):
     environment, those of one actor from `waxell_workers.options`, above or below `@dramatiq.actor`.
     """
 
+    def __init__(self) -> None:
+        self._look: _Look | None = None
+
     # -- messages ------------------------------------------------------------------------------
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
@@ -85,7 +88,7 @@ class WaxellMiddleware(Middleware):
 
     def before_delay_message(self, broker: Broker, message: MessageProxy) -> None:
         eta = message.options.get("eta")
-        if isinstance(eta, (int, float)):
+        if isinstance(eta, (int, float)) and not collector.is_off():
             carried = _carried(message.options)
             message.options[tasks.HEADER] = {**carried, "eta": eta / 1000, _WAITS: True}
 
@@ -128,9 +131,6 @@ class WaxellMiddleware(Middleware):
             _close(here, here.state if here.error else "rejected")
 
     # -- the worker process --------------------------------------------------------------------
-
-    def __init__(self) -> None:
-        self._look: _Look | None = None
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         tasks.worker_booting()

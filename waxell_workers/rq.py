@@ -11,6 +11,7 @@ delayed; and nothing here imports a job's function before RQ does, and where RQ 
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import pickle
 import signal
@@ -184,6 +185,8 @@ def _work_of(job: Job) -> _Work | None:
 class WorkerMixin(_Worker):
     """All of it, for a worker class of one's own: `class Own(waxell_workers.rq.WorkerMixin, rq.Worker)`."""
 
+    _waxell_executed = False
+
     # -- in the process that executes a job: the work-horse, or a SimpleWorker's own
 
     def main_work_horse(self, job: Job, queue: rq.Queue) -> None:
@@ -229,13 +232,14 @@ class WorkerMixin(_Worker):
     # -- the worker's main process
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
-        """Work, with a shipper beside the worker; what is recorded is delivered before this returns."""
+        """Work, with a shipper beside the worker."""
         tasks.worker_booting()
         tasks.worker_ready()
         try:
             return super().work(*args, **kwargs)
         finally:
-            _stopping()
+            if self._waxell_executed and multiprocessing.parent_process() is not None:
+                _stopping()
 
     def heartbeat(self, *args: Any, **kwargs: Any) -> None:
         """Look after the shipper as often as RQ says that the worker lives."""
@@ -245,6 +249,7 @@ class WorkerMixin(_Worker):
 
     def execute_job(self, job: Job, queue: rq.Queue) -> None:
         """Have a job executed; a second SIGTERM kills the work-horse and ends the worker."""
+        self._waxell_executed = True
         try:
             super().execute_job(job, queue)
         except SystemExit:
@@ -281,6 +286,7 @@ if hasattr(rq.worker, "SpawnWorker"):  # RQ 2.2 has it first
 
 
 def _stopping() -> None:
+    """Have delivered what is there: a pool's worker ends without `atexit`, where other processes do this."""
     try:
         tasks.worker_stopping()
     except _STOP_REQUESTED:

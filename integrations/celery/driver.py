@@ -14,12 +14,11 @@ from waxell_workers.testing.conformance.driver import (
     OUTLIVES,
     RECYCLE,
     RETRY,
-    SECOND_SIGTERM,
     SOFT_LIMIT,
     THREADS,
 )
 
-EVERYWHERE = frozenset({RETRY, ENQUEUE, OUTLIVES, SECOND_SIGTERM})
+EVERYWHERE = frozenset({RETRY, ENQUEUE, OUTLIVES})
 PROCESSES = EVERYWHERE | {CHILD, SOFT_LIMIT, HARD_LIMIT, RECYCLE}
 ENDED = re.compile(r"Task scenarios\.\w+\[(?P<id>[0-9a-f-]+)\] (?P<end>(?!received).*)")
 OUTCOME = re.compile(r"(succeeded|raised unexpected: .*|retry: .*|ignored|reject .*|Soft time limit.*)")

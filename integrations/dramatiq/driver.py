@@ -15,12 +15,11 @@ from waxell_workers.testing.conformance.driver import (
     ENQUEUE,
     OUTLIVES,
     RETRY,
-    SECOND_SIGTERM,
     SOFT_LIMIT,
     THREADS,
 )
 
-EVERYWHERE = frozenset({RETRY, SOFT_LIMIT, ENQUEUE, OUTLIVES, SECOND_SIGTERM, THREADS})
+EVERYWHERE = frozenset({RETRY, SOFT_LIMIT, ENQUEUE, OUTLIVES, THREADS})
 ENDED = re.compile(r"^(?:acknowledged|rejected) (?P<id>[0-9a-f-]+) (?P<end>.*)$", re.MULTILINE)
 READY = "Worker process is ready for action."
 PROCESSES = 2

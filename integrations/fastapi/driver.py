@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from waxell_workers.testing.conformance import Expected, Mode, Site, Worker, witness
-from waxell_workers.testing.conformance.driver import ENQUEUE, OUTLIVES, THREADS
+from waxell_workers.testing.conformance.driver import ENQUEUE, OUTLIVES, REPLACED, THREADS
 
 STARTED = "Application startup complete."
 ANSWER_S = 60.0
@@ -23,7 +23,7 @@ class FastAPIDriver:
     framework = "fastapi"
     modes = (
         Mode("1 worker", frozenset({THREADS, ENQUEUE}), default=True, broker=""),
-        Mode("2 workers", frozenset({THREADS, ENQUEUE, OUTLIVES}), broker=""),
+        Mode("2 workers", frozenset({THREADS, ENQUEUE, OUTLIVES, REPLACED}), broker=""),
     )
     controls = {
         # what Starlette makes of it once the client has its answer

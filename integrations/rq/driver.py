@@ -6,7 +6,7 @@ from functools import cache
 
 import rq
 from redis import Redis
-from rq.job import Job, Retry
+from rq.job import Job, JobStatus, Retry
 
 from waxell_workers.testing.conformance import Expected, Mode, Site, Worker
 from waxell_workers.testing.conformance.driver import (
@@ -15,11 +15,10 @@ from waxell_workers.testing.conformance.driver import (
     OUTLIVES,
     RECYCLE,
     RETRY,
-    SECOND_SIGTERM,
     SOFT_LIMIT,
 )
 
-EVERYWHERE = frozenset({RETRY, ENQUEUE, OUTLIVES, SECOND_SIGTERM, SOFT_LIMIT})
+EVERYWHERE = frozenset({RETRY, ENQUEUE, OUTLIVES, SOFT_LIMIT})
 HORSES = EVERYWHERE | {CHILD, RECYCLE}
 STARTED = re.compile(r"Worker (?:rq:worker:)?([\w-]+):? started with PID")
 CLASSES = {"worker": "Worker", "pool": "Worker", "simple": "SimpleWorker", "spawn": "SpawnWorker"}
@@ -94,12 +93,12 @@ class RQDriver:
     def outcome(self, worker: Worker, handle: str) -> str:
         """Return a job's status, and the last line of what RQ has kept of its exception."""
         job = Job.fetch(handle, connection=connect(worker.site.broker_url))
-        status = job.get_status()
+        status = JobStatus(job.get_status()).value
         result = job.latest_result()
         if status not in ("finished", "failed", "stopped") or result is None:
             return ""
         text = (result.exc_string or "").strip()
-        return f"{status.value}: {text.splitlines()[-1]}" if text else status.value
+        return f"{status}: {text.splitlines()[-1]}" if text else status
 
 
 DRIVER = RQDriver()

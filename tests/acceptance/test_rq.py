@@ -192,13 +192,13 @@ def test_a_job_of_a_plain_queue_is_a_child_by_the_helper(make_rq_worker, server)
 def test_without_a_worker_a_job_is_a_run_of_the_script(make_rq_worker, server):
     """With `is_async=False`, what a script enqueues is executed and recorded there, and arrives."""
     worker = make_rq_worker()
-    status = run_script(
+    finished = run_script(
         worker,
         "import tasks\n"
         "queue = tasks.Queue(tasks.queue.name, connection=tasks.queue.connection, is_async=False)\n"
-        "print(queue.enqueue('scenarios.ask', 'at once').get_status().value)\n",
+        "print(queue.enqueue('scenarios.ask', 'at once').is_finished)\n",
     )
-    assert status == "finished"
+    assert finished == "True"
     run = await_run(server, "at once")
     assert (run["status"], run["workflow_name"]) == ("success", "rq")
 

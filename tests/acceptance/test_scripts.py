@@ -10,12 +10,15 @@ import json
 import os
 import signal
 import sqlite3
+import sys
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.acceptance.running import EXAMPLE, Host, await_calls, by_run, clean, run_of
+from tests.environments import Environment, find_interpreter
 from tests.faulty import FaultyServer
 from tests.harness import await_, shippers_of
 
@@ -163,12 +166,31 @@ def test_an_orderly_end_delivers_and_stays_what_it_was(host, server, way):
 
 
 @both_protocols
-@pytest.mark.parametrize("way", ["no thread", "after shutdown"])
+@pytest.mark.parametrize("way", ["threads refused", "threads refused, nobody ships"])
 def test_the_last_flush_needs_no_new_thread(host, server, way):
-    """Given an interpreter that starts no thread at its end (3.12), then the calling thread delivers."""
-    clean(host.run("ending.py", way))
-    late = {"late"} if way == "after shutdown" else set()
+    """Given an exit at which no thread starts, then the thread that ships delivers, or else the exit."""
+    assert clean(host.run("ending.py", way)) == "no thread starts\n"
+    late = {"late"} if "nobody ships" in way else set()
     assert server.calls() == Counter({"loose", "inside"} | late)
+
+
+@both_protocols
+def test_python_3_12_delivers_at_its_exit(host, server):
+    """Given a real Python that starts no thread at its exit, when nobody ships, then the exit delivers."""
+    host.python = str(newer_python())
+    assert clean(host.run("ending.py", "threads, nobody ships")) == "no thread starts\n"
+    assert server.calls() == Counter(["loose", "inside", "late"])
+
+
+def newer_python():
+    """Return a Python from 3.12 on that can run the scripts."""
+    if sys.version_info >= (3, 12):
+        return sys.executable
+    interpreter = find_interpreter("3.12", "3.13")
+    if not interpreter:
+        pytest.skip("there is no Python 3.12 or 3.13 on the PATH, or of pyenv's")
+    requirements = Path(__file__).parent / "newer_python" / "requirements.txt"
+    return Environment("newer-python", requirements, interpreter=interpreter).python_or_skip()
 
 
 @pytest.mark.parametrize("mode", ["refuse", "hang", "503"])

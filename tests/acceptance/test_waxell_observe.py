@@ -52,10 +52,10 @@ class Platform:
             OPENAI_BASE_URL=self.model,
         )
 
-    def start(self, program: str) -> subprocess.CompletedProcess[str]:
+    def start(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a program to its end."""
         return subprocess.run(
-            [str(self.python), str(HERE / program)],
+            [str(self.python), str(HERE / program), *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -64,9 +64,9 @@ class Platform:
             timeout=PROGRAM_S,
         )
 
-    def run(self, program: str) -> str:
+    def run(self, program: str, *arguments: str) -> str:
         """Run a program that succeeds, and is refused nothing; return what it wrote to stdout."""
-        done = self.start(program)
+        done = self.start(program, *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "Waxell API error" not in done.stderr
         return done.stdout
@@ -241,20 +241,52 @@ def test_instrumented_chats_are_shown_with_their_texts(platform):
     assert "error" in table(page, "spans")[5]
 
 
-def test_a_call_outside_any_context_makes_a_run_of_its_own(platform):
-    """Given a chat outside any context, when the SDK's collector sends it, then `auto:{model}` has it."""
-    platform.run("outside.py")
-    assert platform.names() == ["auto:gpt-4o-mini"]
-    run = platform.only("auto:gpt-4o-mini")
-    assert (run["status"], run["workflow_name"]) == ("success", "auto")
-    assert run["metadata"] == {"auto_collected": True, "call_count": 1}
+def collected(platform, way):
+    """Make a call outside any context; return how many chunks came, the run, its call and its page."""
+    chunks = int(platform.run("outside.py", way))
+    [name] = platform.names()
+    run = platform.only(name)
     [call] = run["calls"]
-    assert (call["model"], call["status"], call["prompt"]) == ("gpt-4o-mini", "ok", "nobody asked")
-    assert (call["tokens_in"], call["tokens_out"]) == (2, 10)
+    assert name == f"auto:{call['model']}"
+    assert (run["status"], run["workflow_name"], run["call_count"]) == ("success", "auto", 1)
+    assert run["metadata"] == {"auto_collected": True, "call_count": 1}
     assert (run["spans"], run["steps"], run["scores"]) == ([], [], [])
     page = platform.page(f"/runs/{run['run_id']}")
-    assert "nobody asked" in table(page, "calls")[0]
     assert "auto_collected" in words(page)
+    [row] = table(page, "calls")
+    return chunks, run, call, row
+
+
+def test_a_call_outside_any_context_makes_a_run_of_its_own(platform):
+    """Given a chat outside any context, when the SDK's collector sends it, then `auto:{model}` has it."""
+    _, _, call, row = collected(platform, "whole")
+    assert (call["model"], call["status"], call["prompt"]) == ("gpt-4o-mini", "ok", "nobody asked")
+    assert (call["tokens_in"], call["tokens_out"], call["error"]) == (2, 10, "")
+    assert (call["ttft_ms"], call["metadata"]) == (None, {})
+    assert "nobody asked" in row
+    assert "streamed" not in row
+
+
+def test_a_stream_outside_any_context_has_its_first_token(platform):
+    """Given a streamed chat, when the collector sends it, then it is marked, with its first token's time."""
+    chunks, _, call, row = collected(platform, "streamed")
+    assert chunks > 1
+    assert (call["model"], call["status"], call["prompt"]) == ("slow-30-model", "ok", "nobody asked")
+    assert (call["tokens_in"], call["tokens_out"], call["error"]) == (2, 10, "")
+    assert call["ttft_ms"] > 0
+    assert call["metadata"] == {"streamed": True}
+    assert "streamed" in row
+    assert "first token" in row
+
+
+def test_a_failure_outside_any_context_is_an_error(platform):
+    """Given a chat that fails, when the collector sends it, then the call has the error."""
+    _, run, call, row = collected(platform, "failing")
+    assert (call["model"], call["status"], call["cost_usd"]) == ("fail-429", "error", None)
+    assert (call["tokens_in"], call["tokens_out"]) == (0, 0)
+    assert call["error"].startswith("openai.RateLimitError: Error code: 429")
+    assert "openai.RateLimitError: Error code: 429" in row
+    assert run["error"] == "", "the program has caught it, and the SDK says `success` of the run"
 
 
 def test_a_decorated_function_that_raises_is_an_error(platform):

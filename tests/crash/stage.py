@@ -82,7 +82,7 @@ class Stage:
     def assert_promises_kept(self, *, calls: int) -> Promises:
         """Every call and run that was noted is at the server, once, and there were at least so many calls."""
         self.ship_the_rest()
-        promises = Promises.of(self.notes)
+        promises = self.promises()
         assert len(promises.calls) >= calls, f"only {len(promises.calls)} calls were noted"
         deadline = time.monotonic() + ARRIVAL_S
         while (broken := promises.broken(self.records())) and time.monotonic() < deadline:
@@ -90,6 +90,10 @@ class Stage:
         assert broken == {}, f"broken promises: {broken}"
         assert self.server.violations == []
         return promises
+
+    def promises(self) -> Promises:
+        """What the programs have noted so far."""
+        return Promises.of(self.notes)
 
     def records(self) -> list[dict[str, Any]]:
         """What has arrived at the server."""

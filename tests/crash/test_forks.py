@@ -34,13 +34,14 @@ def test_a_parent_that_forks_loses_doubles_and_hangs_nothing(stage: Stage, shipp
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     told = stage.run("forker", FORKS, seed, deadline_s=effort(200, 3000))
+    noted = stage.promises()
+    found(f"forks, shipper {shipper}", forks=FORKS, calls=len(noted.calls), runs=len(noted.runs))
     assert (told["failed"], told["hung"], told["dropped"], told["flushed"]) == ([], 0, {}, True)
     assert sum(told["kinds"].values()) == FORKS
     assert len(told["kinds"]) == 7
     before, after = told["descriptors"]
     assert after <= before + 2, "descriptors leak"
-    promises = stage.assert_promises_kept(calls=2 * FORKS)
-    found(f"forks, shipper {shipper}", forks=FORKS, calls=len(promises.calls), runs=len(promises.runs))
+    stage.assert_promises_kept(calls=2 * FORKS)
 
 
 @pytest.mark.parametrize("where", ["parent", "child"])
@@ -51,6 +52,11 @@ def test_closed_descriptors_cost_no_record_and_no_stranger(stage: Stage, where: 
     stage.settings["WAXELL_SHIPPER"] = "external"
     with stage.start("shipping"), stage.start("closer", stage.notes, where, int(reused)) as closer:
         told = read_report(closer)
+        found(
+            f"descriptors {'reused' if reused else 'closed'} in the {where}",
+            strangers=told["strangers"],
+            touched=len(told["touched"]),
+        )
         assert told["touched"] == []
         assert told["strangers"] >= 3 or not reused
         assert (told["flushed"], told["dropped"]) == (True, {})

@@ -46,29 +46,23 @@ def test_no_kill_breaks_a_promise(tmp_path: Path) -> None:
     and nothing is left behind."""
     seed = int(os.environ.get("WAXELL_TORTURE_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"seed {seed}")
-    began = time.monotonic()
-    with arena(tmp_path, seed) as place:
-        for fault in plan(seed, STRIKES):
-            place.strike(fault)
-        fired_s = time.monotonic() - began
-        place.stop_writers()
-        _settle(place)
-        fresh_s = _a_fresh_record_flows(place)
-        await_(lambda: not place.shippers(), "end of the shippers, who have nothing left to do", SETTLED_S)
-        notes, database = Notes.read(place.notes), Database.read(place.server.db)
-    verdict = judge(notes, database, place.wire, place.disk, place.ended)
-    _judge_leftovers(place, verdict)
-    counts = _counts(place, notes, database)
-    found(
-        "kill loop",
-        seed=str(seed),
-        **{f"{kind} killed": place.fired[kind] for kind in FAULTS},
-        **{f"after an event: {event}": place.events[event] for event in DELAYS},
-        **counts,
-        complaints=sum(map(len, verdict.complaints.values())),
-        fired_in_s=round(fired_s),
-        fresh_record_after_s=f"{fresh_s:.1f}",
-    )
+    counts: Counter[str] = Counter()
+    try:
+        with arena(tmp_path, seed) as place:
+            _strike(place, seed, counts)
+            place.stop_writers()
+            _settle(place)
+            counts["fresh_record_after_ms"] = round(1000 * _a_fresh_record_flows(place))
+            await_(
+                lambda: not place.shippers(), "end of the shippers, who have nothing left to do", SETTLED_S
+            )
+            notes, database = Notes.read(place.notes), Database.read(place.server.db)
+        verdict = judge(notes, database, place.wire, place.disk, place.ended)
+        _judge_leftovers(place, verdict)
+        counts.update(_counts(place, notes, database))
+        counts["complaints"] = sum(map(len, verdict.complaints.values()))
+    finally:  # also what was fired before something went wrong
+        found("kill loop", seed=str(seed), **counts)
     assert not verdict.complaints, str(verdict)
     assert place.fired == _planned(seed)
     assert counts["processes killed"] >= STRIKES
@@ -84,6 +78,18 @@ def test_no_kill_breaks_a_promise(tmp_path: Path) -> None:
     assert sum(place.shipped_by[kind] > 0 for kind in SHIPPERS) >= effort(2, 3)
     assert counts["rotations"] > STRIKES // 4
     assert counts["records taken"] > 10 * STRIKES
+
+
+def _strike(place: Arena, seed: int, counts: Counter[str]) -> None:
+    """Fire all faults, and count them."""
+    began = time.monotonic()
+    try:
+        for fault in plan(seed, STRIKES):
+            place.strike(fault)
+    finally:
+        counts.update({f"{kind} killed": place.fired[kind] for kind in FAULTS})
+        counts.update({f"after an event: {event}": place.events[event] for event in DELAYS})
+        counts["fired_in_s"] = round(time.monotonic() - began)
 
 
 def _a_fresh_record_flows(place: Arena) -> float:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -46,28 +47,35 @@ def test_a_line_torn_by_a_kill_is_counted_and_spoils_nothing(tmp_path: Path) -> 
     been taken is read, what was torn is counted, and both are the same as the bytes on the disk say."""
     seed = int(os.environ.get("WAXELL_TORTURE_SEED") or random.SystemRandom().randrange(1 << 32))
     chance = random.Random(seed)
-    kills = taken_in_all = torn_in_all = 0
-    while kills < KILLS or (not torn_in_all and kills < 20 * KILLS):
-        kills += 1
-        place = tmp_path / str(kills)
-        taken = _write_and_die(place, str(kills), chance.uniform(0.0, 0.01))
-        directory = _record_after_them(place)
-        torn, complete = _on_the_disk(directory)
-        assert (taken | {"last"}) - complete == set(), f"seed {seed}"
-        models, counted = _as_it_is_read(directory)
-        assert models == sorted(complete), f"seed {seed}"
-        assert counted == torn, f"seed {seed}"
-        taken_in_all, torn_in_all = taken_in_all + len(taken), torn_in_all + torn
-        for path in [*directory.iterdir(), *(place / "taken").iterdir()]:
-            path.unlink()  # some megabytes each
-    found(
-        "torn lines",
-        seed=str(seed),
-        kills=kills,
-        **{"records taken": taken_in_all, "lines torn": torn_in_all},
-    )
-    assert torn_in_all > 0
-    assert taken_in_all > kills
+    seen = Counter(kills=0, taken=0, torn=0)
+    try:
+        while seen["kills"] < KILLS or (not seen["torn"] and seen["kills"] < 20 * KILLS):
+            seen["kills"] += 1
+            taken, torn = _kill_and_compare(tmp_path / str(seen["kills"]), chance.uniform(0.0, 0.01), seed)
+            seen["taken"], seen["torn"] = seen["taken"] + taken, seen["torn"] + torn
+    finally:
+        found(
+            "torn lines",
+            seed=str(seed),
+            kills=seen["kills"],
+            **{"records taken": seen["taken"], "lines torn": seen["torn"]},
+        )
+    assert seen["torn"] > 0
+    assert seen["taken"] > seen["kills"]
+
+
+def _kill_and_compare(place: Path, delay_s: float, seed: int) -> tuple[int, int]:
+    """Return how many records were taken before the kill, and how many lines it has torn."""
+    taken = _write_and_die(place, place.name, delay_s)
+    directory = _record_after_them(place)
+    torn, complete = _on_the_disk(directory)
+    assert (taken | {"last"}) - complete == set(), f"seed {seed}"
+    models, counted = _as_it_is_read(directory)
+    assert models == sorted(complete), f"seed {seed}"
+    assert counted == torn, f"seed {seed}"
+    for path in [*directory.iterdir(), *(place / "taken").iterdir()]:
+        path.unlink()  # some megabytes each
+    return len(taken), torn
 
 
 def _write_and_die(place: Path, name: str, delay_s: float) -> set[str]:

@@ -42,7 +42,7 @@ tracking._REASON_GRACE_S = 0.5
 def use_small_limits(tag: str) -> None:
     """Give the shippers that this process starts small limits; `tag` marks those that are processes."""
     exec(SMALL_LIMITS, {})
-    command = "[sys.argv[1], '-m', 'waxell_workers.core.shipper']"
+    command = "[sys.argv[1], '-m', 'waxell_workers.core.foreground']"
     assert command in launch._BOOT
     code = f"{SMALL_LIMITS}foreground.main()"
     launch._BOOT = launch._BOOT.replace(command, f"[sys.argv[1], '-c', {code!r}, {tag!r}]")

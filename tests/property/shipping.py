@@ -46,13 +46,14 @@ def settings_for(server: ModelServer, root: str, **more: Any) -> Settings:
 @contextlib.contextmanager
 def model_exporter() -> Iterator[pytest.MonkeyPatch]:
     """Have shippers export to the model server that their settings name."""
-    before = set(liveness._opened)
+    held = liveness._held()
+    before = set(held.opened)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shipper_module, "load_exporter", ModelExporter)
         yield patch
-    for file in liveness._opened.keys() - before:  # a process keeps them until its death
-        os.close(liveness._opened.pop(file))
-        liveness._registered.pop(file, None)
+    for file in held.opened.keys() - before:  # a process keeps them until its death
+        os.close(held.opened.pop(file))
+        held.tokens.pop(file, None)
 
 
 def close_as_the_kernel_would(shipper: Shipper) -> None:

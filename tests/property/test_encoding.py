@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
 import math
+import random
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -18,6 +25,52 @@ class Mute:
         raise RuntimeError("no")
 
     __str__ = __repr__
+
+
+def _raise(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("the user's code was run")
+
+
+_METHODS = (
+    *("__iter__", "__len__", "__getitem__", "__contains__", "items", "keys", "values", "__next__", "copy"),
+    *("__str__", "__repr__", "__format__", "__int__", "__index__", "__float__", "__trunc__", "__bool__"),
+    *("encode", "hex", "isoformat", "__bytes__", "__lt__", "__le__", "__gt__", "__ge__", "__class__"),
+)
+
+
+def lazy(base: type) -> type:
+    """Make a subclass that has a mind of its own: whatever it is asked, it raises."""
+    methods: dict[str, Any] = {name: _raise for name in _METHODS if hasattr(base, name)}
+    return type(f"Lazy{base.__name__}", (base,), methods | {"__class__": property(_raise)})
+
+
+Text, Number, Real, Bytes, Items, Fixed, Mapping, Bag, FixedBag = map(
+    lazy, (str, int, float, bytes, list, tuple, dict, set, frozenset)
+)
+
+
+class Zone(datetime.tzinfo):
+    utcoffset = dst = tzname = _raise
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+    def __getattribute__(self, name: str) -> Any:
+        return _raise() if name in ("value", "name") else super().__getattribute__(name)
+
+
+@dataclass
+class Row:
+    cells: Any
+
+    def __getattribute__(self, name: str) -> Any:
+        _raise()
+
+
+class Secretive:
+    def __getattribute__(self, name: str) -> Any:
+        _raise()
 
 
 _leaves = (
@@ -51,6 +104,32 @@ _values = st.recursive(
 )
 
 
+def lazily(value: Any, chance: random.Random) -> Any:
+    """Return `value` with some of its parts as objects of the user's classes.
+
+    Made inside the test: Hypothesis would ask them what it has drawn.
+    """
+    if type(value) is dict:
+        pairs = {_LAZY.get(type(key), _same)(key): lazily(item, chance) for key, item in value.items()}
+        return chance.choice((dict, Mapping))(pairs)
+    if type(value) in (list, tuple):
+        return chance.choice((Items, Fixed, list, Row))([lazily(item, chance) for item in value])
+    if type(value) is frozenset:
+        return chance.choice((Bag, FixedBag, set))(value)
+    if type(value) in _LAZY:
+        return chance.choice((_LAZY[type(value)], type(value)))(value)
+    return chance.choice(
+        (value, value, Secretive(), Color.RED, datetime.datetime(2024, 2, 29, tzinfo=Zone()))
+    )
+
+
+_LAZY = {str: Text, int: Number, float: Real, bytes: Bytes}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
 def step(output: Any) -> Step:
     return Step(id="i", at=1.0, run_id="r", name="n", output=output)
 
@@ -65,11 +144,42 @@ def once(record: Any) -> Any:
     return decode(line[1:-1])
 
 
-@given(_values)
-def test_anything_becomes_a_line_and_can_be_read_again(value: Any) -> None:
-    """Bytes, NaN, lone surrogates, keys of any type, objects without a text: one line, one record."""
-    record = once(step(value))
-    assert (record.id, record.run_id, record.name) == ("i", "r", "n")
+@given(_values, st.randoms(use_true_random=False))
+def test_anything_becomes_a_line_and_can_be_read_again(value: Any, chance: random.Random) -> None:
+    """Bytes, NaN, lone surrogates, keys of any type, objects without a text: one line, one record; and no
+    class of the user's is asked anything."""
+    for output in (value, lazily(value, chance)):
+        record = once(step(output))
+        assert (record.id, record.run_id, record.name) == ("i", "r", "n")
+
+
+@given(_values, st.randoms(use_true_random=False))
+def test_anything_can_be_cut(value: Any, chance: random.Random) -> None:
+    """The same beside a text that is too long, for which everything is looked at."""
+    record = once(step({"value": lazily(value, chance), "page": "x" * MAX_LINE}))
+    assert "characters cut" in record.output["page"]
+
+
+@pytest.mark.parametrize("beside", ["", "\ud800", "x" * 300_000], ids=["alone", "surrogate", "too long"])
+def test_what_the_user_s_classes_hold_is_kept(beside: str) -> None:
+    """A list, a text, an enum, a dataclass of the user's: what they hold, not what they say."""
+    values = [
+        *(Items([1]), Fixed([2]), Mapping(a=3), Bag([4]), FixedBag([5])),
+        *(Text("six"), Number(7), Real(8.5), Color.RED, Row([9])),
+    ]
+    kept = [[1], [2], {"a": 3}, [4], [5], "six", 7, 8.5, "red", {"cells": [9]}]
+    assert once(step([values, beside])).output[0] == kept
+
+
+@pytest.mark.parametrize("beside", ["", "x" * 300_000], ids=["alone", "too long"])
+def test_times_and_numbers_of_the_standard_library_are_texts(beside: str) -> None:
+    """What has one text and no code of a user's keeps it."""
+    values = [
+        *(datetime.date(2024, 2, 29), datetime.datetime(2024, 2, 29, 1, tzinfo=datetime.timezone.utc)),
+        *(datetime.datetime(2024, 7, 1, tzinfo=ZoneInfo("UTC")), Decimal("1.50"), UUID(int=5)),
+    ]
+    kept = ["2024-02-29", "2024-02-29T01:00:00Z", "2024-07-01T00:00:00Z", "1.50", str(UUID(int=5))]
+    assert once(step([values, beside])).output[0] == kept
 
 
 _text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -132,12 +242,24 @@ def test_cycles_end() -> None:
     assert once(step(cycle)).output["self"]["a"][0] == 1
 
 
+def test_a_thicket_of_cycles_ends() -> None:
+    """Children that know their parent, and parents that know each child: a bound on what is looked at."""
+    parent: dict[str, Any] = {}
+    parent["children"] = [{"parent": parent} for _ in range(100)]
+    once(step(parent))
+
+
 def test_depth_ends() -> None:
     """So does a list in a list, ten thousand times."""
     deep: list[Any] = []
     for _ in range(10_000):
         deep = [deep]
     once(step(deep))
+
+
+def test_a_number_without_end_is_no_text() -> None:
+    """Python makes no text of an integer with so many digits."""
+    assert once(step([10**5_000])).output == ["<int of 16610 bits>"]
 
 
 def test_no_number_is_nothing() -> None:

@@ -642,6 +642,7 @@ class JournalMachine(RuleBasedStateMachine):
         assert open_runs <= in_process or self.model.wiped, "a run stays open that has ended"
         self.shipper._leave(True)
         self.shipper._close()
+        liveness.ship_lock(self.directory).release()
         self.shipper = None
         last = self._new_shipper()
         last.stop(self.clock.now + 30.0)

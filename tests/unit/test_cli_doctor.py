@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -15,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,8 +24,10 @@ import pytest
 
 from tests.faulty import FaultyServer
 from tests.harness import ROOT, START_S, await_, children_in, environment, shippers_of, start_server
+from waxell_workers._version import __version__
 from waxell_workers.capture import SUPPORTED
 from waxell_workers.cli.doctor import capture, settings, shipping, versions
+from waxell_workers.cli.doctor import spool as check_spool
 from waxell_workers.cli.doctor.findings import Finding
 from waxell_workers.cli.doctor.situation import Situation
 from waxell_workers.core import config, inspection, spool
@@ -447,6 +451,45 @@ def test_a_full_spool_fails(place, faulty):
     assert "used of 1.1 MiB" in nearly.of("spool", "warn")[0]
 
 
+class FileSystem:
+    """What `statvfs` says of a file system."""
+
+    f_frsize = 4096
+
+    def __init__(self, *, free: int, inodes: int, most_inodes: int = 1 << 20) -> None:
+        self.f_bavail, self.f_favail, self.f_files = free // self.f_frsize, inodes, most_inodes
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "text"),
+    [
+        (FileSystem(free=100 << 20, inodes=1000), "ok", "100.0 MiB and 1,000 inodes free"),
+        (FileSystem(free=(100 << 20) - 4096, inodes=1000), "warn", "100.0 MiB and 1,000 inodes free"),
+        (FileSystem(free=5 << 30, inodes=999), "warn", "5.0 GiB and 999 inodes free"),
+        (FileSystem(free=1 << 20, inodes=0, most_inodes=0), "warn", "1.0 MiB and inodes without limit free"),
+        (FileSystem(free=5 << 30, inodes=0, most_inodes=0), "ok", "5.0 GiB and inodes without limit free"),
+    ],
+    ids=["enough", "little space", "few inodes", "little space, no inodes", "no inodes"],
+)
+def test_little_space_and_few_inodes_are_warnings(tmp_path, monkeypatch, told, status, text):
+    """Given a disk that is nearly full, the report says how much is free, and what will happen."""
+    asked = []
+    monkeypatch.setattr(os, "statvfs", lambda path: asked.append(path) or told)
+    configured = Settings(api_url="http://127.0.0.1:1", spool_dir=str(tmp_path / "not" / "yet" / "made"))
+    found = [finding for finding in check_spool.check(Situation(configured, {})) if "free" in finding.text]
+    assert set(asked) == {str(tmp_path)}, "the nearest directory that exists"
+    (space,) = found
+    warned = (f"{text}: records are dropped when it is full", "free some space")
+    assert (space.status, (space.text, space.advice)) == (status, warned if status == "warn" else (text, ""))
+
+
+def test_the_space_of_the_spool_is_told(place, faulty):
+    """Given a spool on a disk of which something is free, the report has a line with the figures."""
+    report = place.report("--no-send", WAXELL_API_URL=faulty.url)
+    (space,) = [text for text in report.of("spool") if " free" in text]
+    assert re.match(r"[\d,.]+ (B|[KMGT]iB) and ([\d,]+ inodes|inodes without limit) free", space), space
+
+
 @pytest.mark.skipif(
     spool.file_system("/dev/shm") != "tmpfs", reason="no memory is mounted at /dev/shm on this system"
 )
@@ -468,8 +511,6 @@ def test_memory_is_a_warning(place, faulty):
 )
 def test_the_file_system_is_judged(tmp_path, monkeypatch, kind, status, expected):
     """Given a file system that dies with the container, or a network's, the report warns or fails."""
-    from waxell_workers.cli.doctor import spool as check_spool
-
     monkeypatch.setattr(spool, "file_system", lambda path: kind)
     configured = Settings(api_url="http://127.0.0.1:1", spool_dir=str(tmp_path))
     found = list(check_spool.check(Situation(configured, {})))
@@ -578,6 +619,25 @@ def test_the_distribution_of_an_instrumentor_is_found_by_its_module(name):
     assert bool(versions.installed(capture.distribution_of(module))) is is_there
 
 
+def test_an_sdk_with_its_instrumentor_is_heard(place):
+    """Given openai and its instrumentor, as they are installed here, the report names both versions."""
+    heard = place.report("--no-send").of("capture", "ok")
+    instrumentor = "opentelemetry-instrumentation-genai-openai"
+    assert f"openai {version('openai')}: heard, by {instrumentor} {version(instrumentor)} → " in heard
+
+
+@pytest.mark.parametrize("module", SUPPORTED)
+def test_every_sdk_that_capture_supports_is_heard_where_all_is_installed(monkeypatch, module):
+    """Given any supported SDK and the distribution of its instrumentor, the report says `heard`."""
+    sdk = next(sdk for sdk in capture.SDKS if sdk.module == module)
+    instrumentor = capture.distribution_of(SUPPORTED[module][1])
+    present = {sdk.distribution: "7.1", instrumentor: "8.2"}
+    monkeypatch.setattr(capture, "installed", lambda name: present.get(name, ""))
+    for chosen in (None, (module,)):
+        found = list(capture.check_sdks(Situation(Settings(capture=chosen), {})))
+        assert found == [Finding("capture", "ok", f"{sdk.distribution} 7.1: heard, by {instrumentor} 8.2")]
+
+
 def test_an_sdk_without_its_instrumentor_is_a_warning_with_the_extra(monkeypatch):
     """Given openai and not its instrumentor, the report says which extra brings it."""
     present = {"openai": "3.54.0", "mistralai": "1.0", "boto3": "1.40"}
@@ -602,6 +662,18 @@ def test_other_tracers_are_told_with_a_sentence(monkeypatch):
     monkeypatch.setattr(capture, "installed", lambda name: "1.0" if name == "waxell-observe" else "")
     (found,) = capture.check_tracers(Situation(Settings(), {}))
     assert found.text.startswith("waxell-observe 1.0: where it is initialised in the same process")
+
+
+def test_the_versions_are_named(place):
+    """Given what is installed here, the report has our version, Python's and the system's; and those of the
+    frameworks, SDKs and libraries that matter, and of nothing that is missing."""
+    ours, others = (text.removesuffix(" → ") for text in place.report("--no-send").of("versions", "ok"))
+    python = f"Python {platform.python_version()} ({sys.executable})"
+    assert ours == f"waxell-workers {__version__}, {python}, {platform.platform(terse=True)}"
+    present = {found.metadata["Name"].lower(): found.version for found in distributions()}
+    matter = ("celery", "rq", "dramatiq", "starlette", "fastapi", "openai", "anthropic", "httpx", "msgspec")
+    matter += ("opentelemetry-api", "opentelemetry-sdk")
+    assert others.split(", ") == [f"{name} {present[name]}" for name in matter if name in present]
 
 
 def test_what_is_too_old_is_a_warning_by_our_own_metadata(monkeypatch):

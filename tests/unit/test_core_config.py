@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import waxell_workers
+from tests.faulty import FaultyServer
 from tests.harness import environment
 from waxell_workers.core import collector as collecting
 from waxell_workers.core.config import DEFAULT_API_URL, Settings, is_loopback, origins, resolve
@@ -23,7 +24,7 @@ LOOPBACK = "http://127.0.0.1:9"
 @pytest.fixture(autouse=True)
 def unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collecting, "_collector", None)
-    monkeypatch.setattr(collecting, "when_configured", lambda collector: None)
+    monkeypatch.setattr(collecting, "_listeners", [])
     for name in ("API_KEY", "API_URL", "OBSERVE", "SPOOL_DIR", "SHIPPER", "FLUSH"):
         monkeypatch.delenv(f"WAXELL_{name}", raising=False)
 
@@ -151,6 +152,16 @@ def test_destinations_differ_by_exporter_url_key_and_proxy(monkeypatch: pytest.M
     assert one != Settings(api_url=f"{LOOPBACK}0", api_key="a").destination
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     assert one != Settings(api_url=LOOPBACK, api_key="a").destination
+
+
+def test_all_who_asked_are_told_of_the_collector_before_it_can_be_had() -> None:
+    """Whoever wants to know what is configured is told once, each of them, before anything is recorded."""
+    told: list[object] = []
+    for _ in range(2):
+        collecting.when_configured(lambda collector: told.append((collector, collector.stats().recorded)))
+    collector = collecting.configure(Settings(api_url=LOOPBACK))
+    collecting.configure(Settings(api_url=LOOPBACK))
+    assert told == [(collector, 0)] * 2
 
 
 def test_equal_settings_again_do_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -376,17 +387,32 @@ def test_the_other_names_of_key_and_url_count_below_ours() -> None:
 
 
 def test_a_worker_ships_with_the_key_of_its_profile(tmp_path: Path) -> None:
-    """Given a profile alone, a process is configured by it, without a word of code."""
-    (tmp_path / ".waxell").mkdir()
-    (tmp_path / ".waxell" / "config").write_text(f"[default]\napi_url = {LOOPBACK}\napi_key = {KEY}\n")
-    code = "from waxell_workers.core.collector import current; print(current().active, current().settings)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(HOME=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        check=True,
+    """Given a profile alone, without a word of code, what a worker records is delivered with the profile's
+    key, by a shipper that has it from the worker and from nowhere else."""
+    code = (
+        "import sys, waxell_workers\n"
+        "from waxell_workers.core import tasks\n"
+        "from waxell_workers.core.collector import current\n"
+        "tasks.worker_booting(); tasks.worker_ready()\n"
+        "waxell_workers.record_llm_call(model='m')\n"
+        "print(current().settings, bool(waxell_workers.force_flush(30)))\n"
     )
-    assert done.stdout.startswith("True")
-    assert LOOPBACK in done.stdout
+    with FaultyServer(key=KEY, ingest=True) as server:
+        (tmp_path / ".waxell").mkdir()
+        profile = f"[default]\napi_url = {server.url}\napi_key = {KEY}\n"
+        (tmp_path / ".waxell" / "config").write_text(profile)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment(HOME=str(tmp_path), WAXELL_SPOOL_DIR=str(tmp_path / "spool")),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert done.stdout.endswith(" True\n"), done.stdout + done.stderr
+        assert [call["model"] for call in server.calls] == ["m"]
+        assert server.violations == []
+    assert server.url in done.stdout
     assert KEY not in done.stdout + done.stderr
+    [log] = tmp_path.glob("spool/*/shipper.log")
+    assert KEY not in log.read_text()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from waxell_workers.core import foreground
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
 from waxell_workers.core.flush import FlushResult, request_flush, socket_path
+from waxell_workers.core.listener import Listener
 from waxell_workers.core.records import LLMCall
 
 MARGIN_S = 0.75
@@ -244,3 +249,56 @@ def test_the_request_itself_is_bounded(tmp_path: Path) -> None:
     began = time.monotonic()
     assert request_flush(str(tmp_path / "nowhere"), 1, began + 0.3) is None
     assert time.monotonic() - began < 0.3 + MARGIN_S
+
+
+def test_a_peer_that_hangs_up_is_not_hammered(tmp_path: Path) -> None:
+    """Given a shipper that takes each question and hangs up, it is asked again in turns of 50 ms."""
+    taken = 0
+    with socket.socket(socket.AF_UNIX) as listening, socket_path(str(tmp_path)) as path:
+        listening.bind(path)
+        listening.listen()
+        listening.settimeout(0.05)
+        asking = threading.Thread(target=request_flush, args=(str(tmp_path), 0, time.monotonic() + 0.5))
+        asking.start()
+        while asking.is_alive():
+            with suppress(TimeoutError), listening.accept()[0] as connection:
+                taken += bool(connection.recv(4096))
+        asking.join()
+    assert 1 <= taken <= 12
+
+
+def test_a_listener_that_is_closed_is_forgotten(tmp_path: Path) -> None:
+    """A long life with many listeners, one after the other, keeps none of them."""
+    listener = Listener(str(tmp_path), lambda: None)
+    assert listener.start()
+    listener.close()
+    gone = weakref.ref(listener)
+    del listener
+    await_(lambda: gc.collect() >= 0 and gone() is None, "the end of the listener", 10)
+
+
+def test_a_forked_child_does_not_listen(tmp_path: Path) -> None:
+    """Given a child that outlives the shipper which forked it, nobody waits for an answer from it."""
+    listener = Listener(str(tmp_path), lambda: None)
+    assert listener.start()
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        theirs.send(b"up")
+        theirs.recv(1)
+        os._exit(0)
+    try:
+        theirs.close()
+        assert ours.recv(2) == b"up"
+        listener._socket.close()  # as death would
+        with (
+            socket.socket(socket.AF_UNIX) as asking,
+            socket_path(str(tmp_path)) as path,
+            pytest.raises(ConnectionRefusedError),
+        ):
+            asking.connect(path)
+    finally:
+        ours.close()
+        os.waitpid(pid, 0)
+        listener.close()

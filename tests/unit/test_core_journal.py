@@ -396,6 +396,28 @@ def test_each_refused_record_is_counted_once(tmp_path: Path) -> None:
     assert collector.journal.dropped == {"spool_limit": 10}
 
 
+@pytest.mark.parametrize("configured", [True, False])
+def test_a_forked_child_has_lost_nothing_of_its_parent_s(tmp_path: Path, configured: bool) -> None:
+    """A child's losses are its own, and so is what its first flush says."""
+    loopback = "http://127.0.0.1:9" if configured else ""
+    collector = Collector(Settings(api_url=loopback, spool_dir=str(tmp_path / "file"), shipper="external"))
+    (tmp_path / "file").write_text("")
+    for _ in range(3):
+        assert not collector.record(LLMCall, model="m")
+    [(reason, lost)] = collector.stats().dropped.items()
+
+    def child() -> None:
+        assert collector.stats().dropped == {}
+        assert collector.force_flush(0).dropped == 0
+        collector.record(LLMCall, model="m")
+        assert collector.stats().dropped == {reason: 1}
+        assert collector.force_flush(0).dropped == 1
+
+    assert fork(child) == 0
+    assert (lost, collector.stats().dropped) == (3, {reason: 3})
+    assert collector.force_flush(0).dropped == 3
+
+
 def test_without_a_spool_nothing_is_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A spool that cannot be made costs the records, never the task."""
     (tmp_path / "file").write_text("")

@@ -99,6 +99,66 @@ def test_procs_is_private(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "procs").stat().st_mode) == 0o600
 
 
+_TOGETHER = """
+import os, sys, threading
+from waxell_workers.core import liveness
+directory, late_one, registered = sys.argv[1], [], threading.Event()
+
+class Slow:
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def getpid(self):
+        if threading.get_ident() in late_one:  # has found that nobody was here before it, and is held up
+            registered.wait(10)
+        return os.getpid()
+
+def late():
+    late_one.append(threading.get_ident())
+    liveness.register(directory)
+
+liveness.os = Slow()
+thread = threading.Thread(target=late)
+thread.start()
+while not late_one:
+    pass
+token = liveness.register(directory)
+registered.set()
+thread.join()
+print(token, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_threads_that_come_first_leave_each_other_alive(tmp_path: Path) -> None:
+    """Given two threads that both find this process new, the later one forgets nothing of the earlier one's:
+    the token that it gave away stays locked."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", _TOGETHER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        assert child.stdout is not None
+        assert Procs(str(tmp_path)).is_alive(int(child.stdout.readline()))
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_an_error_keeps_nobody_from_shipping(tmp_path: Path) -> None:
+    """Given a lock file that could not be opened once, the same process can take the lock later."""
+    (tmp_path / "ship.lock").mkdir()
+    lock = ShipLock(str(tmp_path))
+    with pytest.raises(IsADirectoryError):
+        lock.acquire()
+    (tmp_path / "ship.lock").rmdir()
+    assert lock.acquire()
+    lock.release()
+
+
 def test_one_process_ships(tmp_path: Path, start: Callable[..., object]) -> None:
     """While another process holds the ship lock it is taken and cannot be had; after its death it can."""
     child, got = start(f"ship_lock({str(tmp_path)!r}).acquire()")  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ import pytest
 from tests.destination import Destination, call, ended, started, states, the_run
 from tests.faulty import FaultyServer
 from tests.harness import await_, environment
-from waxell_workers.core import foreground, tracking
+from waxell_workers.core import foreground, launch, tracking, window
+from waxell_workers.core import shipper as shipping
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import encode
@@ -181,7 +184,7 @@ def test_nothing_is_left_after_leaving(server: FaultyServer, destination: Destin
     copy = destination.directory + "-other"
     shutil.copytree(destination.directory, copy)
     done = subprocess.run(
-        [sys.executable, "-m", "waxell_workers.core.shipper"],
+        [sys.executable, "-m", "waxell_workers.core.foreground"],
         input=order.replace(destination.directory, copy),
         env=environment(),
         text=True,
@@ -202,7 +205,7 @@ def test_a_shipper_starts_though_somebody_holds_its_pipe(
     destination.child("waxell_workers.record_llm_call(model='m')")
     order = {"directory": destination.directory, "settings": {"api_url": server.url, "flush_interval": 0.2}}
     with subprocess.Popen(
-        [sys.executable, "-m", "waxell_workers.core.shipper"], stdin=subprocess.PIPE, env=environment()
+        [sys.executable, "-m", "waxell_workers.core.foreground"], stdin=subprocess.PIPE, env=environment()
     ) as shipper:
         assert shipper.stdin is not None
         shipper.stdin.write(json.dumps(order).encode() + b"\n")
@@ -382,6 +385,28 @@ def test_loose_calls_are_grouped_by_model(
     metadata = runs["auto:mini"].start["metadata"]
     assert (metadata["auto_collected"], metadata["call_count"]) == (True, 6)
     assert {run.state for run in runs.values()} == {"success"}
+
+
+def test_memory_is_bounded_by_the_batch_and_not_by_the_backlog(
+    server: FaultyServer, destination: Destination
+) -> None:
+    """Calls outside any run count as those of runs do: where enough waits, reading stops until it is sent."""
+    backlog, chunk = 12_000, 4_000  # of such calls, somewhat fewer stand in what is read at once
+    destination.append(*(call("", number, model="m", prompt="x" * 200) for number in range(backlog)))
+    known: list[int] = []
+    shipper = Shipper(
+        destination.settings,
+        destination.directory,
+        stay=False,
+        progress=lambda delivered, pending: known.append(pending),
+    )
+    shipper.stop(time.monotonic() + 60)
+    assert shipper.run(0.0)
+    assert len(server.calls) == backlog
+    assert max(known) <= window.MOST_ENTRIES + chunk
+    assert max(run.start["metadata"]["call_count"] for run in server.runs.values()) <= (
+        window.MOST_ENTRIES + chunk
+    )
 
 
 def test_loose_calls_are_grouped_alike_by_the_next_shipper(
@@ -579,6 +604,37 @@ def test_what_record_took_is_what_arrives_for_calls(
 # --- life -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("trouble", [ImportError("no httpx"), RuntimeError("a bug"), KeyboardInterrupt()])
+def test_a_shipper_that_cannot_begin_leaves_the_right_to_ship_to_others(
+    destination: Destination, monkeypatch: pytest.MonkeyPatch, trouble: BaseException
+) -> None:
+    """Whatever goes wrong while it opens what it needs, the lock is free, and so is what was opened."""
+
+    def fail(settings: Settings) -> None:
+        raise trouble
+
+    monkeypatch.setattr(shipping, "load_exporter", fail)
+    open_before = len(os.listdir("/dev/fd"))
+    shipper = Shipper(destination.settings, destination.directory, stay=True)
+    with nullcontext() if isinstance(trouble, ImportError) else pytest.raises(type(trouble)):
+        assert shipper.run(0.0)
+        assert shipper.unreadable
+    assert len(os.listdir("/dev/fd")) <= open_before + 1  # the lock's, which stays open
+    monkeypatch.undo()
+    assert destination.ship().pending == 0
+
+
+def test_a_right_to_ship_that_cannot_be_asked_for_is_an_answer(destination: Destination) -> None:
+    """Given a lock that cannot be opened, a shipper says that it cannot ship; later it can."""
+    path = Path(destination.directory, "ship.lock")
+    path.mkdir()
+    shipper = Shipper(destination.settings, destination.directory, stay=True)
+    assert shipper.run(0.0)
+    assert shipper.unreadable
+    path.rmdir()
+    assert destination.ship().pending == 0
+
+
 def test_a_second_shipper_gives_way(destination: Destination) -> None:
     """While one ships, another returns without having touched anything."""
     code = (
@@ -610,10 +666,10 @@ def test_a_spool_that_vanishes_ends_the_shipper(destination: Destination) -> Non
     assert not thread.is_alive()
 
 
-def start_worker(destination: Destination, code: str) -> subprocess.Popen[str]:
+def start_worker(destination: Destination, code: str, **more: str) -> subprocess.Popen[str]:
     head = (
         "import os, sys, time, waxell_workers\nfrom waxell_workers.core import tasks\n"
-        f"waxell_workers.init(api_url={destination.settings.api_url!r},"
+        f"waxell_workers.init(api_key='', api_url={destination.settings.api_url!r},"
         f" spool_dir={destination.settings.spool_dir!r}, capture=(), flush_interval=0.2)\n"
         "tasks.worker_booting(); tasks.worker_ready()\n"
     )
@@ -622,14 +678,14 @@ def start_worker(destination: Destination, code: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment(**more),
     )
 
 
 def detached(directory: str) -> psutil.Process | None:
     for process in psutil.process_iter():
         try:
-            if "waxell_workers.core.shipper" in process.cmdline() and any(
+            if "waxell_workers.core.foreground" in process.cmdline() and any(
                 directory in file.path for file in process.open_files()
             ):
                 return process
@@ -647,14 +703,14 @@ def test_the_detached_shipper_outlives_the_worker_and_has_manners(
         "with waxell_workers.WaxellContext('w') as run:\n"
         "    run.record_llm_call(model='m'); print('ok', flush=True); sys.stdin.read()\n"
     )
-    worker = start_worker(destination, code)
+    worker = start_worker(destination, code, WAX_API_KEY="wax_sk_other", WAXELL_API_KEY="wax_sk_other")
     try:
         shipper = await_(lambda: detached(destination.directory), "shipper", 30)
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ok\n"
         assert os.getsid(shipper.pid) != os.getsid(worker.pid)
         assert shipper.cwd() == "/"
-        assert not any(name.startswith("WAXELL_API") for name in shipper.environ())
+        assert not [name for name in shipper.environ() if name.startswith(("WAXELL_API", "WAX_"))]
     finally:
         worker.kill()
         worker.communicate()
@@ -665,6 +721,24 @@ def test_the_detached_shipper_outlives_the_worker_and_has_manners(
     await_(lambda: signal_is_default(shipper.pid), "the first to be taken", 30)
     shipper.terminate()
     shipper.wait(30)
+
+
+def test_the_process_is_one_module_once() -> None:
+    """What a worker starts is not imported a second time, under its own name, by what it imports."""
+    [module] = re.findall(r"'-m', '([\w.]+)'", launch._BOOT)
+    code = (
+        "import runpy, sys, msgspec\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+        f"except msgspec.DecodeError: print({module!r} in sys.modules)\n"  # nobody has told it what to ship
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "False\n"
 
 
 def signal_is_default(pid: int) -> bool:

@@ -340,6 +340,21 @@ def test_a_retry_of_a_delayed_message_forgets_the_eta(records, broker):
     assert second["enqueued_at"] >= first["eta"]
 
 
+def test_switched_off_it_leaves_messages_alone(broker, monkeypatch):
+    """With `observe=False`, a delayed message reaches its actor with its sender's options."""
+    monkeypatch.setattr(collecting, "_collector", collecting.Collector(Settings(observe=False)))
+    broker.add_middleware(CurrentMessage())
+    seen = []
+
+    @dramatiq.actor(broker=broker)
+    def task():
+        seen.append(CurrentMessage.get_current_message().options)
+
+    task.send_with_options(delay=50, mine=1)
+    work(broker)
+    assert seen == [{"mine": 1}]
+
+
 def test_a_message_that_is_sent_again_at_once_forgets_the_eta(records):
     """What an actor sends again without a delay waits from then on."""
     broker = make_broker("last", CurrentMessage())
@@ -500,6 +515,11 @@ def test_arguments_are_content(records, broker, tmp_path, monkeypatch):
 # -- interrupts, ends, and processes that are no worker ----------------------------------------
 
 
+def open_runs() -> list[runs.Run]:
+    """Return the runs of this process that have not ended."""
+    return [run for run in collecting.current().open_runs.values() if run.is_open]
+
+
 class Interrupts:
     """Raises a time limit in this thread at the n-th line that the package executes."""
 
@@ -553,6 +573,8 @@ def test_an_interrupt_at_any_line_of_ours_leaves_nothing_open(records):
         with Interrupts(line) as interrupts:
             try:
                 thread.process_message(message)
+                assert get_context() is None
+                assert not open_runs()
             except TimeLimitExceeded:
                 pass  # after the actor: Dramatiq's thread would end by it
             reached = interrupts.left <= 0
@@ -561,7 +583,7 @@ def test_an_interrupt_at_any_line_of_ours_leaves_nothing_open(records):
     assert line > 100, "it was not interrupted in every hook"
     started = {start.run_id for start in records(RunStarted)}
     assert {end.run_id for end in records(RunEnded)} >= started
-    assert not any(run.is_open for run in collecting.current().open_runs.values())
+    assert not open_runs()
     clean = {str(-number) for number in range(1, line + 1)}
     starts = {start.run_id: start.task_id for start in records(RunStarted)}
     calls = {call.model: call.run_id for call in records(LLMCall)}
@@ -598,6 +620,7 @@ def test_the_worker_looks_after_the_shipper_until_it_stops(records, broker):
     worker.start()
     looking = [thread for thread in threading.enumerate() if thread.name == "waxell-look"]
     worker.stop()
+    assert collecting.current().in_worker
     assert len(looking) == 1
     looking[0].join(20)
     assert not looking[0].is_alive()
@@ -619,7 +642,6 @@ def test_an_unconfigured_worker_has_no_thread_more(broker, monkeypatch, tmp_path
     worker.stop()
     assert "waxell-look" not in names
     assert list(tmp_path.iterdir()) == []
-    assert runs.get_context() is None
 
 
 @pytest.mark.parametrize(("observe", "expected"), [("true", ["waxell"]), ("false", [])])

@@ -73,7 +73,7 @@ def test_a_closed_descriptor_is_opened_again_under_the_same_token(destination: D
     """A process whose descriptors were closed takes its own byte again: its open runs are not dead."""
     journal = destination.collector.journal
     token = journal.token()
-    for descriptor in liveness._opened.values():
+    for descriptor in liveness._held().opened.values():
         if os.path.samestat(os.fstat(descriptor), os.stat(f"{destination.directory}/procs")):
             os.close(descriptor)
     assert not seems_alive(destination, token)

@@ -5,8 +5,10 @@ Each row of the table in docs/export.md is fired at a shipper that runs, for bot
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from tests.faulty import FaultyServer
 from tests.harness import await_
 from waxell_workers.core import shipper as shipping
 from waxell_workers.core import window
+from waxell_workers.core.records import Step
 from waxell_workers.core.shipper import Shipper
 
 RUNS = ("a", "b", "c")
@@ -86,12 +89,21 @@ def quarantined(destination: Destination) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.parametrize("fault", ["408", "429", "500", "502", "503", "504", "invalid_json", "reset"])
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        *((status, {}) for status in ("408", "425", "429", "500", "502", "503", "504", "599")),
+        ("invalid_json", {}),
+        ("reset", {"where": "request"}),
+        ("reset", {"where": "body"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("where", ""),
+)
 def test_what_may_pass_is_tried_again_until_it_has(
-    server: FaultyServer, destination: Destination, data: str, fault: str
+    server: FaultyServer, destination: Destination, data: str, fault: str, options: dict[str, str]
 ) -> None:
     """Given an answer that may be another one later, everything is kept and tried again without end."""
-    server.mode(fault, endpoint=data)
+    server.mode(fault, endpoint=data, **options)
     record_runs(destination)
     with Running(destination) as running:
         await_(lambda: server.fired[fault] >= 5, "repeats")
@@ -112,6 +124,50 @@ def test_a_server_that_is_down_is_tried_again(server: FaultyServer, destination:
         server.mode("healthy")
         await_(lambda: running.shipper.pending == 0, "delivery")
     assert all_arrived_once(server)
+
+
+def test_a_name_that_is_not_found_is_tried_again(
+    server: FaultyServer, destination: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a host name that nobody knows, everything is kept, and arrives once it is known."""
+    asked: list[str] = []
+    look_up = socket.getaddrinfo
+
+    def nobody_knows(host: Any, *more: Any, **named: Any) -> Any:
+        if host not in (b"localhost", "localhost"):
+            return look_up(host, *more, **named)
+        asked.append("localhost")
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    destination.settings = dataclasses.replace(
+        destination.settings, api_url=server.url.replace("127.0.0.1", "localhost")
+    )
+    monkeypatch.setattr(socket, "getaddrinfo", nobody_knows)
+    record_runs(destination)
+    with Running(destination) as running:
+        await_(lambda: len(asked) >= 5, "repeats")
+        assert running.shipper.delivered == 0
+        assert server.requests == []
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        await_(lambda: running.shipper.pending == 0, "delivery")
+    assert all_arrived_once(server)
+    assert quarantined(destination) == []
+
+
+def test_a_server_without_tls_is_tried_again(server: FaultyServer, destination: Destination) -> None:
+    """Given `https://` to a port that speaks no TLS, or none that is trusted, everything is kept."""
+    plain = destination.settings
+    destination.settings = dataclasses.replace(plain, api_url=server.url.replace("http:", "https:"))
+    record_runs(destination)
+    with Running(destination) as running:
+        await_(lambda: server.connections >= 5, "repeats")
+        assert running.shipper.delivered == 0
+        assert running.shipper.pending == 3 * len(RUNS)
+    assert server.requests == []
+    destination.settings = plain
+    assert destination.ship().pending == 0
+    assert all_arrived_once(server)
+    assert quarantined(destination) == []
 
 
 def test_a_server_that_never_answers_is_tried_again(
@@ -141,7 +197,7 @@ def test_retry_after_is_waited_for(server: FaultyServer, destination: Destinatio
         assert running.shipper.delivered == 0
 
 
-@pytest.mark.parametrize("fault", ["401", "402", "403", "404", "405", "redirect"])
+@pytest.mark.parametrize("fault", ["401", "402", "403", "404", "405", "407", "411", "451", "redirect"])
 def test_a_refusal_pauses_and_keeps_everything(
     server: FaultyServer,
     destination: Destination,
@@ -171,7 +227,7 @@ def test_a_refusal_pauses_and_keeps_everything(
     assert all_arrived_once(server)
 
 
-@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("status", [400, 409, 413, 422])
 def test_a_poisonous_record_goes_to_quarantine_alone(
     server: FaultyServer, destination: Destination, status: int
 ) -> None:
@@ -189,7 +245,7 @@ def test_a_poisonous_record_goes_to_quarantine_alone(
     assert str(status) in kept["reason"]
 
 
-@pytest.mark.parametrize("status", ["400", "413", "422"])
+@pytest.mark.parametrize("status", ["400", "409", "413", "422"])
 def test_a_server_that_rejects_everything_is_paused_and_nothing_is_thrown_away(
     server: FaultyServer, destination: Destination, data: str, status: str
 ) -> None:
@@ -209,6 +265,89 @@ def test_a_server_that_rejects_everything_is_paused_and_nothing_is_thrown_away(
     given_up = {kept["record"].get("run_id") for kept in quarantined(destination)}
     assert len(given_up) <= 4
     assert arrived | {f"{run_id}-0" for run_id in given_up} == {f"r{number}-0" for number in range(20)}
+
+
+def test_what_a_good_answer_rejects_goes_to_quarantine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a 2xx of `ingest` that rejects one record, that is kept aside, the rest arrives."""
+    monkeypatch.setattr("tests.faulty._KINDS", frozenset({"run_started", "llm_call", "run_ended"}))
+    with FaultyServer(ingest=True) as server:
+        destination = Destination(server, tmp_path)
+        step = Step(id="unwanted", at=time.time(), run_id="a", name="step", position=0)
+        destination.append(started("a"), call("a"), step, ended("a"))
+        with Running(destination) as running:
+            await_(lambda: running.shipper.pending == 0, "delivery")
+            assert (running.shipper.delivered, running.shipper.rejected) == (3, 1)
+        assert states(server) == {"a": "success"}
+        assert server.violations == []
+    (kept,) = quarantined(destination)
+    assert (kept["record"]["id"], kept["reason"]) == ("unwanted", "ingest: unknown kind")
+
+
+@pytest.fixture
+def rest() -> Iterator[FaultyServer]:
+    """A server that speaks REST alone."""
+    with FaultyServer() as server:
+        yield server
+        assert server.violations == []
+
+
+def test_where_no_reply_is_needed_2xx_is_enough(rest: FaultyServer, tmp_path: Path) -> None:
+    """Given a 200 with HTML for calls, they are acknowledged, and are not sent again."""
+    destination = Destination(rest, tmp_path)
+    rest.mode("invalid_json", endpoint="llm-calls", processed=True)
+    record_runs(destination)
+    assert destination.ship().pending == 0
+    assert rest.fired["invalid_json"] == len(RUNS)
+    assert all_arrived_once(rest)
+
+
+@pytest.mark.parametrize("status", ["404", "410"])
+def test_an_answer_that_a_run_is_not_there_starts_it_again(
+    rest: FaultyServer, tmp_path: Path, status: str
+) -> None:
+    """Given 404 or 410 of a run, it is started once more, and what was left goes to the new one."""
+    destination = Destination(rest, tmp_path)
+    rest.mode(status, endpoint="llm-calls", times=1)
+    destination.append(started("a"), call("a"), ended("a"))
+    with Running(destination) as running:
+        await_(lambda: running.shipper.pending == 0, "delivery")
+    assert rest.fired[status] == 1
+    first, second = rest.runs.values()
+    assert (first.calls, first.state) == ([], "")
+    assert ([record["model"] for record in second.calls], second.state) == (["a-0"], "success")
+    assert quarantined(destination) == []
+
+
+@pytest.mark.parametrize("status", ["400", "404", "410", "422"])
+def test_spans_that_are_refused_cost_no_record(rest: FaultyServer, tmp_path: Path, status: str) -> None:
+    """Given a server that takes no spans, they are given up, and everything else arrives, once."""
+    destination = Destination(rest, tmp_path)
+    rest.mode(status, endpoint="spans")
+    record_runs(destination)
+    with Running(destination) as running:
+        await_(lambda: running.shipper.pending == 0, "delivery")
+    assert rest.fired[status] >= len(RUNS)
+    assert len(rest.runs) == len(RUNS), "no run was started again for its spans"
+    assert all_arrived_once(rest)
+    assert quarantined(destination) == []
+
+
+def test_an_ingest_that_is_gone_has_the_configuration_asked_for_again(tmp_path: Path) -> None:
+    """Given a server that is replaced by one without `ingest`, the rest goes by REST, in the same life."""
+    with FaultyServer(ingest=True) as server:
+        destination = Destination(server, tmp_path)
+        destination.append(started("a"), call("a"), ended("a"))
+        with Running(destination):
+            await_(lambda: states(server) == {"a": "success"}, "delivery by ingest")
+            server.mode("404", endpoint="ingest")
+            server.ingest = False
+            destination.append(started("b"), call("b"), ended("b"))
+            await_(lambda: states(server) == {"a": "success", "b": "success"}, "delivery by REST")
+        assert server.fired["404"] == 1
+        assert server.count("config") == 2
+        assert server.violations == []
 
 
 def test_a_run_that_the_server_forgot_is_started_again(tmp_path: Path) -> None:

@@ -8,12 +8,23 @@ import sys
 import threading
 from pathlib import Path
 
+import dramatiq
 import pytest
 from celery import Celery
+from dramatiq.brokers.stub import StubBroker
+from redis import Redis
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 import waxell_workers
 import waxell_workers.celery
-from tests.harness import environment
+import waxell_workers.dramatiq
+import waxell_workers.rq
+import waxell_workers.starlette
+from tests.harness import children_in, environment, start_valkey
 from waxell_workers import WaxellContext, options, record_llm_call
 from waxell_workers.core import collector as collecting
 from waxell_workers.testing import record_runs
@@ -183,3 +194,72 @@ def test_pytest_finds_the_fixture_by_itself(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
+
+
+@pytest.fixture
+def redis(tmp_path):
+    """RQ keeps jobs in Redis also where it executes them in place."""
+    with children_in(tmp_path / "valkey") as children, Redis.from_url(start_valkey(children)) as connection:
+        yield connection
+
+
+def job(ticket):
+    """What RQ executes: it finds a function by its module."""
+    record_llm_call(model="m", tokens_in=len(ticket))
+
+
+def test_a_job_of_rq_that_runs_in_place_is_seen(redis, waxell_runs):
+    """`is_async=False`, with our `Queue`."""
+    waxell_workers.rq.Queue("q", is_async=False, connection=redis).enqueue(job, "late")
+    run = waxell_runs.one()
+    assert (run.state, run.workflow_name, run.calls[0].tokens_in) == ("success", "rq", 4)
+
+
+@pytest.mark.parametrize("kind", ["SimpleWorker", "Worker"])
+def test_jobs_of_a_burst_worker_are_seen(redis, waxell_runs, kind):
+    """A worker that a test lets work off its queue, forking or not."""
+    waxell_workers.rq.Queue("q", connection=redis).enqueue(job, "late")
+    worker = getattr(waxell_workers.rq, kind)(["q"], connection=redis)
+    worker.work(burst=True)
+    run = waxell_runs.one()
+    assert (run.state, run.calls[0].model, run.metadata["queue"]) == ("success", "m", "q")
+
+
+def test_messages_of_a_stub_broker_are_seen(waxell_runs):
+    """Dramatiq's own way to test: a broker in memory, a worker in threads."""
+    broker = StubBroker()
+    broker.add_middleware(waxell_workers.dramatiq.WaxellMiddleware())
+
+    @dramatiq.actor(broker=broker, max_retries=0)
+    def translate(language):
+        record_llm_call(model="m")
+        if language == "tlh":
+            raise ValueError("no desk")
+
+    worker = dramatiq.Worker(broker, worker_timeout=50)
+    worker.start()
+    try:
+        translate.send("de")
+        translate.send("tlh")
+        states = [run.state for run in waxell_runs.wait_ended(2)]
+    finally:
+        worker.stop()
+    assert sorted(states) == ["error", "success"]
+    assert all(len(run.calls) == 1 for run in waxell_runs)
+
+
+def test_background_tasks_of_an_app_are_seen(waxell_runs):
+    """A request of `TestClient` comes back when its tasks have run."""
+
+    def summarise(ticket):
+        record_llm_call(model="m", tokens_in=len(ticket))
+
+    def post(request):
+        return Response(background=BackgroundTask(summarise, "late"))
+
+    app = Starlette(routes=[Route("/", post, methods=["POST"])])
+    app.add_middleware(waxell_workers.starlette.WaxellMiddleware)
+    with TestClient(app) as client:
+        client.post("/")
+    run = waxell_runs.one()
+    assert (run.state, run.workflow_name, run.calls[0].tokens_in) == ("success", "starlette", 4)

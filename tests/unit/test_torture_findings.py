@@ -19,7 +19,8 @@ import pytest
 from tests.destination import Destination, call, ended, started, states
 from tests.faulty import FaultyServer
 from tests.harness import await_, environment
-from waxell_workers.core import journal, liveness, reader, window
+from waxell_workers import WaxellContext, get_context
+from waxell_workers.core import collector, journal, liveness, reader, tasks, window
 from waxell_workers.core.flush import request_flush
 from waxell_workers.core.reader import Reader
 from waxell_workers.core.records import LLMCall
@@ -145,7 +146,7 @@ def test_threads_that_record_first_at_the_same_moment_are_one_process(
 
     journal = destination.collector.journal
     monkeypatch.setattr(liveness.random.SystemRandom, "randrange", choose)
-    monkeypatch.setattr(liveness, "_registered", {})
+    monkeypatch.setattr(liveness, "_by_pid", {})
     monkeypatch.setattr(journal, "_token_pid", 0)
     monkeypatch.setattr(journal, "_tokens", set())
 
@@ -238,3 +239,32 @@ def test_calls_are_grouped_alike_by_a_shipper_that_reads_less_at_once(
     destination.ship()
     assert [len(run.calls) for run in server.runs.values()] == [20]
     assert [run.start["metadata"]["call_count"] for run in server.runs.values()] == [20]
+
+
+def test_a_task_whose_end_was_hit_is_ended_by_the_next_one(destination: Destination) -> None:
+    """Given a task's end that an interrupt has kept from doing anything, when the slot takes the next task,
+    the first one's run ends, is not the next one's parent, and nothing stays current."""
+    with collector.instead(destination.collector):
+        first = tasks.prepare(tasks.Task(framework="f", name="n", task_id="1"), tasks.Options())
+        tasks.begin(first)
+        second = tasks.prepare(tasks.Task(framework="f", name="n", task_id="2"), tasks.Options())
+        tasks.begin(second)
+        assert not first.run.is_open
+        assert second.run.parent_run_id is None
+        tasks.task_ended(second, "success")
+        assert get_context() is None
+        assert destination.collector.open_runs == {}
+
+
+def test_a_task_leaves_nothing_current_that_an_interrupt_has_left_in_it(destination: Destination) -> None:
+    """Given blocks inside a task that were entered and, by an interrupt, never left, when the task ends, no
+    run is current; the next task is nobody's child."""
+    with collector.instead(destination.collector):
+        for number in range(2):
+            attempt = tasks.prepare(tasks.Task(framework="f", name="n", task_id=str(number)), tasks.Options())
+            tasks.begin(attempt)
+            assert attempt.run.parent_run_id is None
+            WaxellContext("outer block").enter()
+            WaxellContext("inner block").enter()
+            tasks.task_ended(attempt, "interrupted")
+            assert get_context() is None

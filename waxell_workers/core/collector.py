@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +59,26 @@ class Stats:
     """How records are shipped from this process: `process`, `thread`, `external`, or empty."""
 
 
+@dataclass(eq=False, slots=True)
+class _Process:
+    """What is known of one process; a forked child begins with a new one."""
+
+    recorded: Tally = field(default_factory=Tally)
+    """Records that are safe in the journal."""
+    confirmed: int = 0
+    """How many of them a flush has said to be delivered."""
+    told_drops: int = 0
+    """How many losses a flush has told of."""
+    recorded_at_stop: int = -1
+    """How many records there were when it was last waited for their delivery at the exit."""
+    has_begun: bool = False
+    """True once its first record, or a worker's boot, has seen to a shipper."""
+    leads_worker: bool = False
+    """True for a worker's main process, where a shipper may live as a thread."""
+    flushes_at_exit: bool = False
+    """True if the interpreter's exit is to wait for delivery."""
+
+
 class Collector:
     """Writes records, sees to it that somebody ships them, and asks for flushes."""
 
@@ -70,19 +90,19 @@ class Collector:
         self.journal = Journal(settings)
         self.open_runs: dict[str, Run] = {}
         self.warned = False
-        self._recorded = Tally()
-        self._confirmed = 0
-        self._flushed_drops = 0
-        self._made_pid = self._counting_pid = os.getpid()
-        self._forked_at = 0.0
-        self._shipping_pid = 0
         self.in_worker = in_worker
-        self._main_pid = 0
+        self._processes: dict[int, _Process] = {}
+        self._made_by = os.getpid()
+        """The process that was configured; others with this collector were forked from it."""
+        self._forked_at = 0.0
         self._looked_at = _NEVER
         self._starts = 0
         self._start_after = _NEVER
-        self._exit_pid = 0
-        self._recorded_at_stop = -1
+
+    @property
+    def _here(self) -> _Process:
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
 
     # -- recording -----------------------------------------------------------------------------
 
@@ -90,7 +110,7 @@ class Collector:
         """Return what a record of this process carries as `proc`; the first step of each record."""
         if not self.active:
             return 0
-        if self._shipping_pid != os.getpid():
+        if not self._here.has_begun:
             self._first_record_here()
         return self.journal.token()
 
@@ -102,7 +122,7 @@ class Collector:
             return False
         if not self.journal.append(encode(record)):
             return False
-        self._recorded.add()
+        self._here.recorded.add()
         if not self.in_worker:  # a script may be one long run, and who shipped for it may end
             self.look_for_shipper()
         return True
@@ -153,10 +173,8 @@ class Collector:
 
     def _first_record_here(self) -> None:
         """In a script, or a process forked by one: see to a shipper and to the exit."""
-        self._shipping_pid = os.getpid()
-        if self._counting_pid != os.getpid():
-            self._counting_pid = os.getpid()
-            self._recorded, self._confirmed = Tally(), 0
+        self._here.has_begun = True
+        if self._made_by != os.getpid():
             self.open_runs = {key: run for key, run in list(self.open_runs.items()) if run.is_open}
         if self.in_worker:
             return
@@ -187,7 +205,7 @@ class Collector:
         except OSError as error:
             logger.warning("no spool, so nothing will be recorded: %s", error)
             return
-        self._shipping_pid = self._main_pid = os.getpid()
+        self._here.has_begun = self._here.leads_worker = True
         if self.shipper_kind() == "process":
             self.ensure_shipper()
 
@@ -197,7 +215,7 @@ class Collector:
         kind = self.shipper_kind()
         if not self.active or kind == "external":
             return
-        if kind == "thread" and self.in_worker and os.getpid() != self._main_pid:
+        if kind == "thread" and self.in_worker and not self._here.leads_worker:
             return  # the thread lives in the worker's main process; a task's must not start one
         try:
             directory = self.journal.open()
@@ -231,14 +249,14 @@ class Collector:
     def _is_child(self) -> bool:
         """True in a forked process or one of `multiprocessing`'s: it may end without any exit hook."""
         parent_process = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
-        return self._made_pid != os.getpid() or (parent_process is not None and parent_process() is not None)
+        return self._made_by != os.getpid() or (parent_process is not None and parent_process() is not None)
 
     def flush_at_exit(self) -> None:
         """Have what remains exported when the interpreter exits normally."""
-        self._exit_pid = os.getpid()
+        self._here.flushes_at_exit = True
 
     def _at_exit(self) -> None:
-        if self._exit_pid == os.getpid():
+        if self._here.flushes_at_exit:
             self.stop()
             _keep_interrupt()
 
@@ -251,10 +269,10 @@ class Collector:
             spent_s: seconds that the exit has waited already.
         """
         self.close_open_runs()
-        recorded = self._recorded.value
-        if recorded == self._recorded_at_stop:
+        recorded = self._here.recorded.value
+        if recorded == self._here.recorded_at_stop:
             return
-        self._recorded_at_stop = recorded
+        self._here.recorded_at_stop = recorded
         self.shutdown(max(0.0, self.settings.shutdown_timeout - _EXIT_MARGIN_S - spent_s))
 
     # -- flushing ------------------------------------------------------------------------------
@@ -272,30 +290,26 @@ class Collector:
         timeout = self.settings.flush_timeout if timeout is None else max(0.0, timeout)
         deadline = time.monotonic() + timeout
         dropped = self._new_drops()
-        recorded, confirmed = self._counts()
+        here = self._here
+        recorded = here.recorded.value
         directory = self.journal.directory
-        if not self.active or not directory or (recorded == confirmed and not everybody):
+        if not self.active or not directory or (recorded == here.confirmed and not everybody):
             return FlushResult(0, 0, dropped)
         if not _is_shipped(directory):
             self.ensure_shipper()
         token = 0 if everybody else self.journal.flush_token()
         answer = request_flush(directory, token, deadline)
-        unconfirmed = max(1, recorded - confirmed)
+        unconfirmed = max(1, recorded - here.confirmed)
         if answer is None:
             return FlushResult(0, unconfirmed, dropped)
         if answer.pending == 0:
-            self._confirmed = max(self._confirmed, recorded)
+            here.confirmed = max(here.confirmed, recorded)
         pending = unconfirmed if answer.pending < 0 else answer.pending
         return FlushResult(answer.delivered, pending, dropped + answer.dropped)
 
-    def _counts(self) -> tuple[int, int]:
-        """Return the records written and those known to be delivered, of this process alone."""
-        # A forked child has its parent's counts until its first record.
-        return (self._recorded.value, self._confirmed) if self._counting_pid == os.getpid() else (0, 0)
-
     def _new_drops(self) -> int:
-        drops = sum(self.journal.dropped.values())
-        dropped, self._flushed_drops = drops - self._flushed_drops, drops
+        here, drops = self._here, sum(self.journal.dropped.values())
+        dropped, here.told_drops = drops - here.told_drops, drops
         return dropped
 
     def shutdown(self, timeout: float) -> FlushResult:
@@ -335,11 +349,11 @@ class Collector:
 
     def stats(self) -> Stats:
         """Return what this process has recorded and lost."""
-        recorded, confirmed = self._counts()
+        recorded = self._here.recorded.value
         return Stats(
             recorded=recorded,
             dropped=self.journal.dropped,
-            pending=recorded - confirmed,
+            pending=recorded - self._here.confirmed,
             spool=self.journal.directory,
             shipper=self.shipper_kind() if self.active else "",
         )
@@ -373,8 +387,17 @@ _collector: Collector | None = None
 _configuring = threading.RLock()
 
 
-def when_configured(collector: Collector) -> None:
-    """Be told of the collector before its first record; the package puts the capture of SDKs here."""
+_listeners: list[Callable[[Collector], None]] = []
+
+
+def when_configured(listener: Callable[[Collector], None]) -> None:
+    """Have a function called with each collector that is configured, before its first record."""
+    _listeners.append(listener)
+
+
+def _tell(collector: Collector) -> None:
+    for listener in _listeners:
+        listener(collector)
 
 
 def current() -> Collector:
@@ -428,14 +451,14 @@ def instead(collector: Collector) -> Iterator[None]:
     global _collector
     previous, _collector = _collector, collector
     collector.warned = True  # an `init` of the application under test: the test's settings stay
-    when_configured(collector)
+    _tell(collector)
     try:
         yield
     finally:
         collector.close_open_runs()
         _collector = previous
         # Without one from before, back to nothing: an inactive collector has no capture.
-        when_configured(previous or Collector(Settings(observe=False)))
+        _tell(previous or Collector(Settings(observe=False)))
 
 
 def _note_fork() -> None:
@@ -454,5 +477,5 @@ def _install(collector: Collector, instead_of: Collector | None = None) -> Colle
         _collector = collector
         # Now, not at the first record: exit hooks run youngest first, and the application's may record.
         atexit.register(collector._at_exit)
-        when_configured(collector)
+        _tell(collector)
     return collector

@@ -74,13 +74,13 @@ def request_flush(directory: str, token: int, deadline: float) -> FlushAnswer | 
                 connection.sendall(msgspec.json.encode(question) + b"\n")
                 connection.settimeout(max(0.001, deadline - time.monotonic()))
                 line = connection.recv(4096)
+            if not line:
+                raise ConnectionResetError("the shipper hung up")
         except (FileNotFoundError, ConnectionError):  # a shipper that is starting, or leaving
             time.sleep(max(0.0, min(_RETRY_S, deadline - time.monotonic())))
             continue
         except OSError:
             return None
-        if not line:
-            continue
         try:
             return msgspec.json.decode(line, type=FlushAnswer)
         except msgspec.MsgspecError:

@@ -1,4 +1,7 @@
-"""The shipper as a process: detached, started by a worker, or in the foreground for a person."""
+"""The shipper as a process: detached, started by a worker, or in the foreground for a person.
+
+A worker starts this module with `python -m` (`launch`).
+"""
 
 from __future__ import annotations
 
@@ -97,3 +100,7 @@ def _log_to(path: str) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,15 @@ import msgspec
 from .encoding import decode
 from .liveness import Holder, holder
 from .records import FORMAT_VERSION, Record, TaskLost
-from .segments import FIRST_LINE, Position, is_sealed, segment_numbers, segment_path
+from .segments import (
+    FIRST_LINE,
+    Position,
+    is_first_line,
+    is_sealed,
+    segment_numbers,
+    segment_path,
+    version_of,
+)
 
 _CHUNK = 1 << 20
 _RECENT = 50_000
@@ -124,7 +132,7 @@ class SegmentScan:
         if not self.version:
             self.bad.append(BadLine(0, 0, NO_FIRST_LINE))
         for offset, text in self._texts():
-            if not text or text.startswith(b'{"kind":"segment"'):
+            if not text or is_first_line(text):
                 continue
             try:
                 record = decode(text)
@@ -155,13 +163,7 @@ class SegmentScan:
 
 def _version(beginning: bytes) -> int:
     first, newline, _ = beginning.partition(b"\n")
-    if not newline or not first.startswith(b'{"kind":"segment"'):
-        return 0
-    try:
-        version = msgspec.json.decode(first)["version"]
-    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError):
-        return 0
-    return version if isinstance(version, int) else 0
+    return version_of(first) if newline and is_first_line(first) else 0
 
 
 def _why(error: msgspec.MsgspecError) -> str:

@@ -28,9 +28,10 @@ import logging
 import os
 import time
 
-from . import liveness, spool
+from . import liveness, reserve, spool
 from .config import Settings
-from .segments import create_segment, is_sealed, move_high, segment_numbers, segment_path
+from .descriptors import file_of, move_high, stands_for
+from .segments import create_segment, is_sealed, segment_numbers, segment_path
 from .tally import Tally
 
 logger = logging.getLogger("waxell_workers.journal")
@@ -49,9 +50,8 @@ class _Segment:
     __slots__ = ("descriptor", "file", "looked_at", "number", "offset", "pid", "room")
 
     def __init__(self, descriptor: int, number: int) -> None:
-        status = os.fstat(descriptor)
         self.descriptor = descriptor
-        self.file = (status.st_dev, status.st_ino)
+        self.file = file_of(descriptor)
         self.number = number
         self.pid = os.getpid()
         self.offset = os.lseek(descriptor, 0, os.SEEK_END)
@@ -61,14 +61,10 @@ class _Segment:
 
     def __del__(self) -> None:
         try:
-            if self.pid == os.getpid() and self._is_same_file():
+            if self.pid == os.getpid() and stands_for(self.descriptor, self.file):
                 os.close(self.descriptor)
         except (OSError, AttributeError, TypeError):  # closed by others, or the interpreter is going down
             pass
-
-    def _is_same_file(self) -> bool:
-        status = os.fstat(self.descriptor)
-        return (status.st_dev, status.st_ino) == self.file
 
     def check(self) -> None:
         """Make sure that the descriptor is still ours, and its file still in the directory.
@@ -83,7 +79,7 @@ class _Segment:
         if os.lseek(self.descriptor, 0, os.SEEK_CUR) == self.offset and now - self.looked_at < _LOOK_S:
             return
         self.looked_at = now
-        if not self._is_same_file():
+        if not stands_for(self.descriptor, self.file):
             raise OSError(errno.EBADF, "the descriptor is somebody else's now")
         if os.fstat(self.descriptor).st_nlink == 0:
             raise OSError(errno.ENOENT, "the segment was deleted")
@@ -103,7 +99,8 @@ class Journal:
         self._paused_until = 0.0
         self._pause_reason = ""
         self._warned: set[str] = set()
-        self._dropped: dict[str, Tally] = {}
+        self._dropped: dict[int, dict[str, Tally]] = {}
+        """Process to its losses, by reason: a forked child has lost nothing of what its parent has."""
 
     @property
     def directory(self) -> str:
@@ -189,12 +186,13 @@ class Journal:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Records refused, by reason; the counts of a forked child start with its parent's."""
-        return {reason: tally.value for reason, tally in list(self._dropped.items())}
+        """Records that this process has lost, by reason."""
+        return {reason: tally.value for reason, tally in list(self._dropped.get(os.getpid(), {}).items())}
 
     def drop(self, reason: str) -> None:
         """Count a record that is lost, by reason."""
-        tally = self._dropped.get(reason) or self._dropped.setdefault(reason, Tally())
+        tallies = self._dropped.setdefault(os.getpid(), {})
+        tally = tallies.get(reason) or tallies.setdefault(reason, Tally())
         tally.add()
 
     def _current(self) -> _Segment | None:
@@ -217,6 +215,7 @@ class Journal:
         for _ in range(_MOVES):
             numbers = segment_numbers(directory)
             if not numbers:
+                reserve.keep(directory)
                 create_segment(directory, 1)
                 continue
             path = segment_path(directory, numbers[-1])

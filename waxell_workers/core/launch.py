@@ -32,10 +32,13 @@ _BOOT = (
     "os.chdir('/')\n"
     "os.umask(0o077)\n"
     "os.closerange(3, 4096)\n"
-    "os.execv(sys.argv[1], [sys.argv[1], '-m', 'waxell_workers.core.shipper'])\n"
+    "os.execv(sys.argv[1], [sys.argv[1], '-m', 'waxell_workers.core.foreground'])\n"
 )
 _NEEDED = ("api_key", "api_url", "exporter", "flush_interval", "flush_max_records", "spool_limit")
-_NOT_INHERITED = ("PYTHON", "OTEL_", "DD_", "NEW_RELIC_", "SENTRY_", "WAXELL_", "COVERAGE_", "COV_CORE_")
+_NOT_INHERITED = (
+    *("PYTHON", "OTEL_", "DD_", "NEW_RELIC_", "SENTRY_", "COVERAGE_", "COV_CORE_"),
+    *("WAXELL_", "WAX_"),  # the key, by both of its names
+)
 
 _DEFAULT_SIGNALS = (
     signal.SIGINT,

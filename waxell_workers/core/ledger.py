@@ -2,7 +2,8 @@
 
 One transaction per batch holds the cursor, the ids that were acknowledged above it, the open runs with the
 server's ids for them, and the calls that were put into automatic runs. A ledger that cannot be read is moved
-aside: then the journal is delivered again from its beginning, and `ingest` drops the repeats.
+aside: then the journal is delivered again from its beginning, and `ingest` drops the repeats. Where the disk
+is full the reserve is given up for it, and until there is one again, it remembers no run that has ended.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
+from . import reserve
 from .encoding import to_json
 from .exporting import RunState
 from .records import RunStarted, TaskLost
+from .room import with_room
 from .segments import Position
 
 _SCHEMA = """
@@ -73,8 +77,9 @@ class Ledger:
             sqlite3.Error: it can neither be read nor replaced.
         """
         path = f"{directory}/shipper.db"
+        self._directory = directory
         try:
-            self._db = _open(path)
+            self._db = with_room(directory, lambda: _open(path))
         except sqlite3.OperationalError:  # locked, read-only, disk full: not damage
             raise
         except sqlite3.DatabaseError:
@@ -82,7 +87,7 @@ class Ledger:
             for suffix in ("-wal", "-shm"):
                 if os.path.exists(path + suffix):
                     os.unlink(path + suffix)
-            self._db = _open(path)
+            self._db = with_room(directory, lambda: _open(path))
 
     def cursor(self) -> tuple[Position | None, int]:
         """Return where reading goes on, and the inode of the segment there."""
@@ -111,8 +116,11 @@ class Ledger:
         """Return the calls that were put into automatic runs and are not delivered: call id to run id."""
         return dict(self._db.execute("SELECT call_id, run_id FROM grouped").fetchall())
 
-    def group(self, run: TrackedRun, call_ids: Iterable[str]) -> None:
+    def group(self, run: TrackedRun, call_ids: Sequence[str]) -> None:
         """Remember an automatic run and its calls before they are exported: a repeat groups them alike."""
+        with_room(self._directory, lambda: self._group(run, call_ids))
+
+    def _group(self, run: TrackedRun, call_ids: Sequence[str]) -> None:
         with self._db:
             self._save_run(run)
             self._db.executemany(
@@ -137,17 +145,32 @@ class Ledger:
             passed: ids that the cursor has passed since then.
             runs: runs that have changed.
         """
-        gone = [(record_id,) for record_id in passed]
+        place = (cursor.segment, inode, cursor.offset)
+        above, gone = [(i,) for i in done_above], [(i,) for i in passed]
+        with_room(self._directory, lambda: self._commit(place, above, gone, list(runs)))
+
+    def _commit(
+        self,
+        place: tuple[int, int, int],
+        above: list[tuple[str]],
+        gone: list[tuple[str]],
+        runs: list[TrackedRun],
+    ) -> None:
+        scarce = not reserve.is_kept(self._directory)
         with self._db:
-            self._db.execute(
-                "INSERT OR REPLACE INTO cursor VALUES (1, ?, ?, ?)", (cursor.segment, inode, cursor.offset)
-            )
-            self._db.executemany("INSERT OR IGNORE INTO acknowledged VALUES (?)", [(i,) for i in done_above])
+            self._db.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?, ?)", place)
+            self._db.executemany("INSERT OR IGNORE INTO acknowledged VALUES (?)", above)
             self._db.executemany("DELETE FROM acknowledged WHERE id = ?", gone)
             self._db.executemany("DELETE FROM grouped WHERE call_id = ?", gone)
             self.remember(gone)
             for run in runs:
-                self._save_run(run)
+                if scarce and run.delivered:
+                    self._db.execute("DELETE FROM runs WHERE run_id = ?", (run.run_id,))
+                else:
+                    self._save_run(run)
+        if scarce:
+            with suppress(sqlite3.OperationalError):  # so that the next commit uses the same room in the WAL
+                self._db.execute("PRAGMA wal_checkpoint").fetchall()
 
     def remember(self, gone: Iterable[tuple[str]]) -> None:
         """Keep these ids, and the last ones before them; a part of `commit`'s transaction."""
@@ -157,6 +180,9 @@ class Ledger:
 
     def forget_ended_runs(self) -> None:
         """Delete runs that ended long ago, or too many others ago, for late calls to be expected."""
+        with_room(self._directory, self._forget_ended_runs)
+
+    def _forget_ended_runs(self) -> None:
         with self._db:
             self._db.execute("DELETE FROM runs WHERE ended_at < ?", (time.time() - _ENDED_RUNS_KEPT_S,))
             self._db.execute(

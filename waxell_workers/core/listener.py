@@ -12,6 +12,7 @@ import selectors
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ class Listener:
             logger.warning("flush requests cannot be taken: %s", error)
             self._socket.close()
             return False
-        os.register_at_fork(after_in_child=self._forget)
+        _listening.add(self)
         return True
 
     def waiters(self) -> list[Waiter]:
@@ -143,8 +144,19 @@ class Listener:
             self._waiters.append(waiter)
         self._wake()
 
-    def _forget(self) -> None:
-        # A forked child that kept the listening socket would keep others waiting after our death.
+    def forget(self) -> None:
+        """In a forked child: let go of the socket, with which others would go on waiting after our death."""
         if self._pid != os.getpid() and not self._stopping and self._socket.fileno() >= 0:
             self._stopping = True
             self._socket.close()
+
+
+_listening: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for listener in list(_listening):
+        listener.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

@@ -17,17 +17,28 @@ import struct
 import sys
 from typing import NamedTuple
 
-from .segments import move_high
+from .descriptors import File, file_of, move_high, stands_for
 
 _LAST_TOKEN = 1 << 48
 _FLOCK = "hhqqi" if sys.platform == "linux" else "qqihh"
-_File = tuple[int, int]
-"""(device, inode)."""
-_opened: dict[_File, int] = {}
-"""The `procs` files of this process, to its one descriptor of each."""
-_registered: dict[_File, set[int]] = {}
-"""The same, to the tokens that this process holds there."""
-_pid = 0
+
+
+class _Held(NamedTuple):
+    """What one process has of `procs` files: more than one, if it records to several destinations."""
+
+    opened: dict[File, int]
+    """Each file, to the process's one descriptor of it."""
+    tokens: dict[File, set[int]]
+    """Each file, to the tokens that the process holds there."""
+
+
+_by_pid: dict[int, _Held] = {}
+
+
+def _held() -> _Held:
+    """Return what this process holds; a forked child holds nothing of its parent's."""
+    # One atomic step: of two threads that come first, none throws away what the other has noted.
+    return _by_pid.setdefault(os.getpid(), _Held({}, {}))
 
 
 def register(directory: str) -> int:
@@ -37,7 +48,7 @@ def register(directory: str) -> int:
         OSError: the file cannot be opened or locked.
     """
     file, descriptor = _open(f"{directory}/procs")
-    tokens = _registered.setdefault(file, set())
+    tokens = _held().tokens.setdefault(file, set())
     for token in tokens:
         return token
     chance = random.SystemRandom()
@@ -52,41 +63,24 @@ def register(directory: str) -> int:
         return token
 
 
-def _open(path: str) -> tuple[_File, int]:
+def _open(path: str) -> tuple[File, int]:
     """Return a `procs` file and this process's descriptor of it, opened if it is not, or no longer, open."""
-    global _pid
-    if _pid != os.getpid():
-        _opened.clear()
-        _registered.clear()
-        _pid = os.getpid()
+    held = _held()
     try:
         status = os.stat(path)
     except FileNotFoundError:
         pass
     else:
         file = (status.st_dev, status.st_ino)
-        if file in _opened and _is_open(_opened[file], file):
-            return file, _opened[file]
+        if file in held.opened and stands_for(held.opened[file], file):
+            return file, held.opened[file]
     descriptor = move_high(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    file = _file_of(descriptor)
-    _opened[file] = descriptor
+    file = file_of(descriptor)
+    held.opened[file] = descriptor
     # The move has closed a descriptor of the file, and so freed what another thread may just have locked.
-    for token in list(_registered.get(file, ())):
+    for token in list(held.tokens.get(file, ())):
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, token)
     return file, descriptor
-
-
-def _file_of(descriptor: int) -> _File:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
-
-
-def _is_open(descriptor: int, file: _File) -> bool:
-    """True if the descriptor still stands for this file: somebody may have closed it and used its number."""
-    try:
-        return _file_of(descriptor) == file
-    except OSError:
-        return False
 
 
 class Procs:
@@ -99,7 +93,7 @@ class Procs:
             OSError: the file cannot be opened.
         """
         self._path = f"{directory}/procs"
-        self._opened: dict[_File, int] = {}
+        self._opened: dict[File, int] = {}
         """File to descriptor: more than one if the file was deleted and made again."""
         self._follow()
 
@@ -127,7 +121,7 @@ class Procs:
 
     def _own(self) -> set[int]:
         # The kernel does not report a process its own locks.
-        return set().union(*(_registered.get(file, set()) for file in self._opened))
+        return set().union(*(_held().tokens.get(file, set()) for file in self._opened))
 
 
 class Holder(NamedTuple):
@@ -169,7 +163,7 @@ class ShipLock:
     def __init__(self, directory: str) -> None:
         self._path = f"{directory}/ship.lock"
         self._descriptor = -1
-        self._file: _File = (0, 0)
+        self._file: File = (0, 0)
         self._opened_by = 0
         self._held_by = 0
         self._claims: dict[int, object] = {}
@@ -200,26 +194,28 @@ class ShipLock:
             return False
         try:
             fcntl.lockf(self._open(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            self._held_by = os.getpid()
         except BlockingIOError:
-            del self._claims[os.getpid()]
             return False
-        self._held_by = os.getpid()
+        finally:
+            if not self.held:
+                del self._claims[os.getpid()]
         return True
 
     def release(self) -> None:
         """Let go of the lock."""
         if self.held:
             self._held_by = 0
-            if _is_open(self._descriptor, self._file):
+            if stands_for(self._descriptor, self._file):
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
             self._claims.pop(os.getpid(), None)
 
     def _open(self) -> int:
         # A forked child, or who forked it, may have closed all descriptors and given others their numbers.
-        if self._opened_by != os.getpid() or not _is_open(self._descriptor, self._file):
+        if self._opened_by != os.getpid() or not stands_for(self._descriptor, self._file):
             opened = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._descriptor = move_high(opened)
-            self._file = _file_of(self._descriptor)
+            self._file = file_of(self._descriptor)
             self._opened_by = os.getpid()
         return self._descriptor
 

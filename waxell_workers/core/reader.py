@@ -13,7 +13,16 @@ import msgspec
 
 from .encoding import decode
 from .records import FORMAT_VERSION, Record
-from .segments import Position, create_segment, is_sealed, seal, segment_numbers, segment_path
+from .segments import (
+    Position,
+    create_segment,
+    is_first_line,
+    is_sealed,
+    seal,
+    segment_numbers,
+    segment_path,
+    version_of,
+)
 
 _CHUNK = 1 << 20
 _TAIL = 4 << 10
@@ -179,7 +188,7 @@ class Reader:
             offset += len(line) + 1
             if not line:
                 continue
-            if line.startswith(b'{"kind":"segment"'):
+            if is_first_line(line):
                 self._check_version(line)
                 continue
             try:
@@ -191,14 +200,11 @@ class Reader:
         self.position = Position(number, offset)
         return entries
 
-    def _check_version(self, line: bytes) -> None:
-        try:
-            version = msgspec.json.decode(line)["version"]
-        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError):
-            self.torn += 1
-            return
-        if isinstance(version, int) and version > FORMAT_VERSION:
+    def _check_version(self, first_line: bytes) -> None:
+        version = version_of(first_line)
+        if version > FORMAT_VERSION:
             raise NewerJournal(f"a segment has version {version}, this is {FORMAT_VERSION}")
+        self.torn += version == 0
 
 
 def _end_of_lines(descriptor: int) -> int:

@@ -263,17 +263,17 @@ class Run:
             TypeError: a field that `LLMCall` does not have.
         """
         if self._collector is not None:
-            told_call(
+            record_reported_call(
                 self._collector,
                 self.run_id,
-                model,
-                tokens_in,
-                tokens_out,
-                cost,
-                task,
-                prompt_preview,
-                response_preview,
-                fields,
+                model=model,
+                tokens_in=tokens_in,
+                tokens_out=tokens_out,
+                cost=cost,
+                task=task,
+                prompt_preview=prompt_preview,
+                response_preview=response_preview,
+                fields=fields,
             )
 
     def record_step(self, name: str, output: Any = None) -> None:
@@ -327,9 +327,10 @@ def state_of(error: BaseException | None) -> str:
     return "error" if isinstance(error, Exception) else "interrupted"
 
 
-def told_call(
+def record_reported_call(
     collector: Collector,
     run_id: str,
+    *,
     model: str,
     tokens_in: int,
     tokens_out: int,
@@ -339,7 +340,13 @@ def told_call(
     response_preview: str,
     fields: dict[str, Any],
 ) -> None:
-    """Record a call that a user told us of, by the platform's names for its fields, its texts redacted."""
+    """Record a call that a user reports, not one that was captured: by the platform's names, and redacted.
+
+    The arguments are those of `Run.record_llm_call`; an empty `run_id` stands for no run.
+
+    Raises:
+        TypeError: a field that `LLMCall` does not have.
+    """
     if run_id == MUTED:
         return
     at = time.time()

@@ -13,14 +13,17 @@ everything else rests:
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 from typing import NamedTuple
+
+import msgspec
 
 from .records import FORMAT_VERSION
 
 _SUFFIX = ".ndjson"
-_HIGH_DESCRIPTOR = 512
+_MARK = b'{"kind":"segment"'
+"""How a segment's first line begins, in every version."""
 
 FIRST_LINE = b'{"kind":"segment","version":%d,"sealed":0}\n' % FORMAT_VERSION
 SEAL_AT = FIRST_LINE.index(b"0}")
@@ -60,14 +63,28 @@ def create_segment(directory: str, number: int) -> None:
     temporary = f"{directory}/.{number:06d}.{os.getpid()}.{os.urandom(4).hex()}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        written = os.write(descriptor, FIRST_LINE)
-        if written == len(FIRST_LINE):
-            os.link(temporary, segment_path(directory, number))
+        if os.write(descriptor, FIRST_LINE) != len(FIRST_LINE):
+            raise OSError(errno.ENOSPC, "a segment's first line was written in part", directory)
+        os.link(temporary, segment_path(directory, number))
     except FileExistsError:
         pass
     finally:
         os.close(descriptor)
         os.unlink(temporary)
+
+
+def is_first_line(line: bytes) -> bool:
+    """True for a segment's first line, of whatever version."""
+    return line.startswith(_MARK)
+
+
+def version_of(first_line: bytes) -> int:
+    """Return the version of the format that a first line names, or 0 if it names none."""
+    try:
+        version = msgspec.json.decode(first_line)["version"]
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError):
+        return 0
+    return version if isinstance(version, int) else 0
 
 
 def is_sealed(descriptor: int) -> bool:
@@ -87,16 +104,3 @@ def seal(directory: str, number: int) -> None:
         os.pwrite(descriptor, b"1", SEAL_AT)
     finally:
         os.close(descriptor)
-
-
-def move_high(descriptor: int) -> int:
-    """Move a descriptor out of the low numbers, where daemons close and reuse them.
-
-    Returns the new number, or the old one where the process may not have so many.
-    """
-    try:
-        high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH_DESCRIPTOR)
-    except OSError:
-        return descriptor
-    os.close(descriptor)
-    return high

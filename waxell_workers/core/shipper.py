@@ -7,6 +7,7 @@ instruction: what was not committed is read again. It never runs in a task's pat
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -14,10 +15,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import msgspec
 
+from . import reserve
 from .config import Settings
 from .encoding import to_json
 from .exporting import Exporter, Outcome, RunBatch
@@ -26,6 +29,7 @@ from .listener import Listener, Waiter
 from .liveness import Procs, ship_lock
 from .reader import Entry, NewerJournal, Reader
 from .records import Record
+from .room import is_lack_of_room, with_room
 from .segments import FIRST_LINE
 from .tracking import Tracker
 from .values import EXPORTERS
@@ -48,6 +52,8 @@ DRAIN_S = 30.0
 """How long a shipper goes on after the last writer's death."""
 _TERM_DRAIN_S = 3.0
 _HURRY_S = 1.0
+_ROOM_S = 1.0
+"""How often one that waits for room on the disk looks for it."""
 _TIDY_S = 60.0
 _QUARANTINE_BYTES = 16 << 20
 
@@ -86,6 +92,7 @@ class Shipper:
         self._progressed = False
         self._untold: dict[int, int] = {}
         self._listener: Listener | None = None
+        self._closing = ExitStack()
         self._pending_since = time.monotonic()
         self._server = Backoff()
         self._last_attempt = 0.0
@@ -100,33 +107,65 @@ class Shipper:
 
     def run(self, lock_wait_s: float = LOCK_WAIT_S) -> bool:
         """Ship; returns when there is nothing left to do, or somebody else ships (then False)."""
-        if not self._take_lock(lock_wait_s):
-            return False
         try:
-            self._open()
-        except (OSError, sqlite3.Error) as error:
-            logger.error("cannot ship from %s: %s", self._directory, error)
-            ship_lock(self._directory).release()
-            self.unreadable = True
-            return True
-        try:
-            self._listen()
-            time_is_up = self._live()
-            while not self._leave(time_is_up):
-                self._listen()
-                time_is_up = self._live()
+            if not self._take_lock(lock_wait_s):
+                return False
+            try:
+                self._ship()
+            finally:
+                ship_lock(self._directory).release()
         except NewerJournal as error:
             logger.warning("%s: leaving the journal to a newer shipper", error)
             self.unreadable = True
         except FileNotFoundError as error:
             logger.warning("the spool is gone: %s", error)
             self.unreadable = True
-        except (OSError, sqlite3.Error) as error:
-            logger.error("cannot ship from %s any more: %s", self._directory, error)
+        except (OSError, ImportError, sqlite3.Error) as error:
+            logger.error("cannot ship from %s: %s", self._directory, error)
             self.unreadable = True
+        return True
+
+    def _ship(self) -> None:
+        """Ship from here; a full disk is waited for, with the lock held: another one could do no more."""
+        while True:
+            try:
+                self._ship_while_there_is_room()
+            except (OSError, sqlite3.Error) as error:
+                if not is_lack_of_room(error) or not self._wait_for_room(error):
+                    raise
+            else:
+                return
+
+    def _ship_while_there_is_room(self) -> None:
+        try:
+            self._open()
+            self._listen()
+            time_is_up = self._live()
+            while not self._leave(time_is_up):
+                self._listen()
+                time_is_up = self._live()
         finally:
             self._close()
-        return True
+
+    def _wait_for_room(self, error: Exception) -> bool:
+        """Wait until there is a reserve again; false if we are to leave before that.
+
+        Without one, what is delivered could not be written down, and would be delivered again.
+        """
+        logger.error("no room to ship from %s (%s): everything is kept", self._directory, error)
+        procs = Procs(self._directory)
+        last_alive = time.monotonic()
+        while self._stop_by is None and not (self._stay and self._terminated):
+            if procs.anyone_alive() or self._stay:  # asked first: the spool may be gone
+                last_alive = time.monotonic()
+            elif time.monotonic() - last_alive > (_TERM_DRAIN_S if self._terminated else DRAIN_S):
+                return False
+            self._wake.wait(_ROOM_S)
+            self._wake.clear()
+            if reserve.keep(self._directory):
+                logger.info("there is room again in %s", self._directory)
+                return True
+        return False
 
     def stop(self, deadline: float) -> None:
         """Ask the shipper to deliver what is there and to leave, at `deadline` at the latest."""
@@ -134,7 +173,11 @@ class Shipper:
         self._wake.set()
 
     def terminate(self) -> None:
-        """Ask the shipper, from a signal handler, to leave once the workers are gone."""
+        """Ask the shipper, from a signal handler, to leave.
+
+        It does once the workers are gone and all is delivered, at most 3 s after their end; one that was to
+        stay while nobody writes does not wait for their end, and leaves within 3 s.
+        """
         self._terminated = True
 
     def _take_lock(self, wait_s: float) -> bool:
@@ -147,12 +190,18 @@ class Shipper:
         return True
 
     def _open(self) -> None:
+        self._read_all = False
+        self._torn = 0
         self._window = Window()
         self._procs = Procs(self._directory)
+        reserve.keep(self._directory)
         self._ledger = Ledger(self._directory)
+        self._closing.callback(self._ledger.close)
         self._reader = Reader(self._directory, *self._ledger.cursor())
+        self._closing.callback(self._reader.close)
         self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs)
         self._exporter = load_exporter(self._settings)
+        self._closing.callback(self._exporter.close)
         self._opened = True
         self._segment_bytes = min(SEGMENT_BYTES, (self._settings.spool_limit or SEGMENT_BYTES * 8) // 8)
 
@@ -179,7 +228,7 @@ class Shipper:
 
     def _leave_no_content(self) -> None:
         if self._reader.end().offset > len(FIRST_LINE):
-            self._reader.rotate()
+            self._rotate()
             self._read()
         # Also where the last round has rotated: the cursor is still behind what is delivered and sealed.
         self._tracker.commit([])
@@ -188,10 +237,8 @@ class Shipper:
     def _close(self) -> None:
         if self._listener is not None:
             self._listener.close()
-        self._exporter.close()
-        self._reader.close()
-        self._ledger.close()
-        ship_lock(self._directory).release()
+            self._listener = None
+        self._closing.close()
 
     def _live(self) -> bool:
         """Go round until there is nothing left to do; true if time is up before that."""
@@ -247,9 +294,16 @@ class Shipper:
             self._progressed = self.delivered + self.rejected > before
             self._answer(waiters)
         if self._reader.end().offset >= self._segment_bytes:
-            self._reader.rotate()
+            self._rotate()
         self._tidy()
         self._report()
+
+    def _rotate(self) -> None:
+        try:
+            with_room(self._directory, self._reader.rotate)
+        except OSError as error:
+            if not is_lack_of_room(error):
+                raise  # else in a later round: delivering goes on without
 
     def _report(self) -> None:
         if self._progress is not None:
@@ -258,7 +312,7 @@ class Shipper:
     def _read(self) -> None:
         self._reader.follow()
         self._read_all = False
-        while not self._window.full:
+        while not self._window.is_full(self._tracker.loose):
             entries = self._reader.read()
             if not entries:
                 self._read_all = True
@@ -393,13 +447,7 @@ class Shipper:
         )
         path = f"{self._directory}/quarantine.ndjson"
         try:
-            if os.path.exists(path) and os.path.getsize(path) > _QUARANTINE_BYTES:
-                os.replace(path, f"{path}.1")
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(descriptor, line + b"\n")
-            finally:
-                os.close(descriptor)
+            with_room(self._directory, lambda: _append(path, line + b"\n"))
         except OSError as error:
             logger.error("a rejected record could not be kept: %s", error)
         # The reason may be the server's own text, which may quote content: it stays in the file.
@@ -433,12 +481,24 @@ class Shipper:
         if now - self._tidied_at < _TIDY_S:
             return
         self._tidied_at = now
+        reserve.keep(self._directory)
         for name in ("procs", "ship.lock"):  # cleaners of temporary directories take what looks old
             try:
                 os.utime(f"{self._directory}/{name}")
             except FileNotFoundError:
                 continue
         self._ledger.forget_ended_runs()
+
+
+def _append(path: str, line: bytes) -> None:
+    if os.path.exists(path) and os.path.getsize(path) > _QUARANTINE_BYTES:
+        os.replace(path, f"{path}.1")
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, "a line was written in part", path)
+    finally:
+        os.close(descriptor)
 
 
 def _credit(waiters: list[Waiter], entry: Entry) -> None:
@@ -458,9 +518,3 @@ def preload(settings: Settings) -> None:
     """Import all that shipping will need, by the `preload` of the exporter's module."""
     module, _, _ = EXPORTERS[settings.exporter].partition(":")
     importlib.import_module(module).preload()
-
-
-if __name__ == "__main__":
-    from .foreground import main
-
-    main()

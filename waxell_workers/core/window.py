@@ -57,10 +57,13 @@ class Window:
         """Records that have not arrived."""
         self.pending_bytes = 0
 
-    @property
-    def full(self) -> bool:
-        """True if nothing more should be read for now."""
-        return self.pending >= MOST_ENTRIES or len(self._order) >= _MOST_PASSED
+    def is_full(self, waiting: int) -> bool:
+        """True if nothing more should be read for now.
+
+        Args:
+            waiting: records that are read, and stand in no run's queue yet.
+        """
+        return self.pending + waiting >= MOST_ENTRIES or len(self._order) >= _MOST_PASSED
 
     def add(self, run_id: str, entry: Entry, record: Record, *, first: bool = False) -> None:
         """Put a record into its run's queue.

@@ -25,6 +25,13 @@ def refuse_threads() -> None:
     threading.Thread.start = no_thread  # type: ignore[method-assign]
 
 
+def say_whether_threads_start() -> None:
+    try:
+        threading.Thread(target=int).start()
+    except RuntimeError:
+        print("no thread starts", flush=True)
+
+
 def say_how_long() -> None:
     print(f"{time.monotonic() - ended_at:.3f}", flush=True)
 
@@ -34,11 +41,13 @@ def main(way: str) -> None:
     ask("loose")
     with WaxellContext("named"):
         ask("inside")
-    if way == "after shutdown":
+    if "nobody ships" in way:
         waxell_workers.shutdown()  # the thread is gone now
         ask("late")
-    if way in ("no thread", "after shutdown"):
-        atexit.register(refuse_threads)
+    if "threads" in way:
+        atexit.register(say_whether_threads_start)
+    if "threads refused" in way:
+        atexit.register(refuse_threads)  # what is registered last comes first: all else finds it refused
     if way == "exit 3":
         sys.exit(3)
     if way == "exception":

@@ -3,8 +3,9 @@
     python interrupts.py NOTES INTERRUPTS plain|tasks
 
 `plain` records in a block of its own; `tasks` begins and ends each round as an adapter does. Reports how many
-interrupts reached the thread's own code, how many of them came out of ours, after how many a run was still
-current that should not be, how many tasks took such a run for their parent, and how many runs are still open.
+interrupts reached the thread's own code, how many of them came out of ours, how many left a run current that
+should not be, how many tasks took such a run for their parent; and, two undisturbed rounds later, whether a
+run is still current, and how many tasks and blocks are still open.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Victim(threading.Thread):
         super().__init__()
         self.round = {"plain": self.record, "tasks": self.work}[style]
         self.number = self.caught = self.inside = self.left_current = self.adopted = 0
-        self.is_done = False
+        self.still_current: waxell_workers.WaxellContext | None = None
+        self.is_done = self.is_current_to_the_end = False
 
     def run(self) -> None:
         while not self.is_done:
@@ -49,6 +51,7 @@ class Victim(threading.Thread):
                 self.go_on()
             except Interrupt:
                 self.caught += 1
+        self.is_current_to_the_end = get_context() is not None
 
     def go_on(self) -> None:
         while not self.is_done:
@@ -57,13 +60,19 @@ class Victim(threading.Thread):
                     self.round()
             except Interrupt as interrupt:
                 self.inside += is_ours(interrupt.__traceback__)
-                self.left_current += get_context() is not None
+                self.look_what_is_current()
                 self.caught += 1  # last: from here on the next one may come
+
+    def look_what_is_current(self) -> None:
+        """Count a run that this interrupt has left current, and none that an earlier one has."""
+        run = get_context()
+        self.left_current += run is not None and run is not self.still_current
+        self.still_current = run
 
     def record(self) -> None:
         """Record a run with a call, and a call outside any."""
         self.number += 1
-        with waxell_workers.WaxellContext("victim") as run:
+        with waxell_workers.WaxellContext("block") as run:
             promises.run(run.run_id, "any")
             self.call(f"{self.number}-run")
         self.call(f"{self.number}-loose")
@@ -71,7 +80,7 @@ class Victim(threading.Thread):
     def work(self) -> None:
         """Execute a task in the way in which adapters call the core."""
         self.number += 1
-        task = tasks.Task(framework="test", name="victim", task_id=str(self.number))
+        task = tasks.Task(framework="test", name="task", task_id=str(self.number))
         attempt = tasks.prepare(task, tasks.Options())
         state = "interrupted"
         try:
@@ -116,6 +125,9 @@ def main(notes: str, interrupts: int, style: str) -> None:
     for _ in range(interrupts):
         time.sleep(random.uniform(0, 0.001))
         arrived += interrupt(victim)
+    rounds = victim.number
+    while victim.number < rounds + 2:  # what the last one has left open, the next task closes
+        time.sleep(0.001)
     victim.is_done = True
     victim.join()
     waxell_workers.record_llm_call(model="afterwards")
@@ -125,8 +137,10 @@ def main(notes: str, interrupts: int, style: str) -> None:
         "arrived": arrived,
         "inside": victim.inside,
         "left_current": victim.left_current,
+        "current_to_the_end": victim.is_current_to_the_end,
         "adopted": victim.adopted,
-        "left_open": len(current().open_runs),
+        "tasks_left_open": sum(run.agent_name == "task" for run in current().open_runs.values()),
+        "blocks_left_open": sum(run.agent_name == "block" for run in current().open_runs.values()),
         "flushed": flushed,
         "dropped": waxell_workers.stats().dropped,
     }

@@ -141,6 +141,7 @@ class Server:
             "workflow_name": "workflow_name",
             "inputs": "inputs",
         }
+        calls = self._rows("SELECT run_id, model FROM calls")  # first: what has a call by now has a run
         rows = self._rows(f"SELECT {', '.join(columns.values())} FROM runs")
         runs = [dict(zip(columns, row, strict=True)) for row in rows]
         for run in runs:
@@ -148,7 +149,7 @@ class Server:
             run["task_id"] = run["task_id"] or run["metadata"].get("task_id", "")
             run["markers"] = []
         by_id = {run["run_id"]: run for run in runs}
-        for run_id, model in self._rows("SELECT run_id, model FROM calls"):
+        for run_id, model in calls:
             by_id[run_id]["markers"].append(model)
         return runs
 
@@ -336,7 +337,7 @@ def shippers_of(spool: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "waxell_workers.core.shipper" not in process.cmdline():
+            if "waxell_workers.core.foreground" not in process.cmdline():
                 continue
             if any(str(spool) in file.path for file in process.open_files()):
                 found.append(process)
