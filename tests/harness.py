@@ -25,6 +25,7 @@ from waxell_workers.testing.conformance.stage import (
     await_,
     children_in,
     environment,
+    kill_tree,
     rabbitmq_answers,
     shippers_of,
     start_model,
@@ -167,13 +168,7 @@ class Worker:
     def kill_tree(self) -> None:
         """Kill the worker's main process and every process under it, at once."""
         assert self.process is not None
-        main = psutil.Process(self.process.pid)
-        main.suspend()  # so that no new child escapes
-        tree = [*main.children(recursive=True), main]
-        for process in tree:
-            process.kill()
-        psutil.wait_procs(tree[:-1], timeout=10)
-        self.process.wait(10)
+        kill_tree(self.process)
 
     def pool_pids(self) -> list[int]:
         """Return the ids of the pool's processes."""

@@ -5,37 +5,13 @@ Real workers are in `tests/acceptance`.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from celery import Celery, signals
 from celery.exceptions import Ignore, Reject, WorkerLostError
 
 import waxell_workers.celery
 from waxell_workers import WaxellContext, get_context, options
-from waxell_workers.core import collector as collecting
-from waxell_workers.core.config import Settings
-from waxell_workers.core.encoding import decode
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted, TaskLost
-
-
-@pytest.fixture
-def records(tmp_path, monkeypatch):
-    """Return what this process has recorded since the test began."""
-    settings = Settings(
-        api_url="http://127.0.0.1:9", spool_dir=str(tmp_path), shipper="external", exclude=("*.secret",)
-    )
-    monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
-
-    def read(kind):
-        lines = [line for path in tmp_path.glob("*/0*.ndjson") for line in path.read_bytes().splitlines()]
-        found = [decode(line) for line in lines if line and b'"segment"' not in line]
-        return [record for record in found if isinstance(record, kind)]
-
-    return read
 
 
 @pytest.fixture
@@ -108,7 +84,7 @@ def test_what_is_not_recorded_leaves_nothing(app, records, how):
     assert records(RunStarted) + records(LLMCall) + records(RunEnded) == []
 
 
-def test_arguments_are_content(app, records, tmp_path, monkeypatch):
+def test_arguments_are_content(app, records, configure):
     """Arguments are recorded only if content is captured."""
 
     @app.task(name="t.task")
@@ -116,11 +92,7 @@ def test_arguments_are_content(app, records, tmp_path, monkeypatch):
         pass
 
     task.delay(1, text="x")
-    settings = collecting.current().settings
-    with_content = Settings(
-        api_url=settings.api_url, spool_dir=settings.spool_dir, shipper="external", capture_content=True
-    )
-    monkeypatch.setattr(collecting, "_collector", collecting.Collector(with_content))
+    configure(capture_content=True)
     task.delay(1, text="x")
     assert [record.inputs for record in records(RunStarted)] == [{}, {"args": [1], "kwargs": {"text": "x"}}]
 
@@ -164,7 +136,7 @@ def test_a_lost_task_is_reported_once(app, records):
 
 
 @pytest.mark.parametrize(("observe", "expected"), [("true", ["waxell"]), ("false", [])])
-def test_a_process_that_is_no_worker_only_adds_headers(tmp_path, observe, expected):
+def test_a_process_that_is_no_worker_only_adds_headers(in_a_web_process, observe, expected):
     """In a web process the import adds headers, if that: no file, no thread, nothing instrumented."""
     code = (
         "import json, sys, threading, openai, waxell_workers.celery\n"
@@ -176,14 +148,4 @@ def test_a_process_that_is_no_worker_only_adds_headers(tmp_path, observe, expect
         "assert 'opentelemetry' not in sys.modules, 'the SDK was instrumented'\n"
         "print(json.dumps(sorted(headers)))\n"
     )
-    environ = {"WAXELL_API_URL": "http://127.0.0.1:9", "WAXELL_SPOOL_DIR": str(tmp_path / "spool")}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environ, "WAXELL_OBSERVE": observe, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == expected
-    assert not Path(tmp_path / "spool").exists()
+    assert in_a_web_process(code, observe=observe) == expected

@@ -299,6 +299,28 @@ def test_interrupted_after_task_lost_is_killed(server: FaultyServer, destination
     assert the_run(server).ends[0]["error_message"] == "hard time limit"
 
 
+@pytest.mark.parametrize(
+    ("told_after_s", "state"), [(0.1, "revoked"), (60.0, "interrupted")], ids=["at once", "much later"]
+)
+def test_an_interruption_that_is_explained_before_it_was_sent_has_the_reason(
+    server: FaultyServer, destination: Destination, told_after_s: float, state: str
+) -> None:
+    """Who supervises may speak a moment after the task's own end; much later, of another attempt."""
+    end = ended("a", "interrupted")
+    lost = TaskLost(
+        id="l",
+        at=end.at + told_after_s,
+        task_id="t1",
+        reason="revoked, and terminated by SIGTERM",
+        error_type="Terminated",
+        state="revoked",
+    )
+    destination.append(started("a", task_id="t1"), end, lost)
+    destination.ship()
+    assert the_run(server).state == state
+    assert (the_run(server).ends[0].get("error_type") == "Terminated") is (state == "revoked")
+
+
 def test_a_living_run_stays_open(
     server: FaultyServer, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
-import subprocess
 import sys
 import threading
 import time
@@ -36,32 +35,11 @@ from waxell_workers import WaxellContext, get_context, options
 from waxell_workers.core import collector as collecting
 from waxell_workers.core import runs
 from waxell_workers.core.config import Settings
-from waxell_workers.core.encoding import decode
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted
 from waxell_workers.dramatiq import WaxellMiddleware
 
 PACKAGE = str(Path(waxell_workers.__file__).parent)
 SOON_MS = 1
-
-
-@pytest.fixture
-def records(tmp_path, monkeypatch):
-    """Return what this process has recorded since the test began."""
-    settings = Settings(
-        api_url="http://127.0.0.1:9",
-        spool_dir=str(tmp_path),
-        shipper="external",
-        shutdown_timeout=0.0,
-        exclude=("secret*",),
-    )
-    monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
-
-    def read(kind):
-        lines = [line for path in tmp_path.glob("*/0*.ndjson") for line in path.read_bytes().splitlines()]
-        found = [decode(line) for line in lines if line and b'"segment"' not in line]
-        return [record for record in found if isinstance(record, kind)]
-
-    return read
 
 
 @pytest.fixture
@@ -645,7 +623,7 @@ def test_an_unconfigured_worker_has_no_thread_more(broker, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(("observe", "expected"), [("true", ["waxell"]), ("false", [])])
-def test_a_process_that_is_no_worker_only_adds_options(tmp_path, observe, expected):
+def test_a_process_that_is_no_worker_only_adds_options(in_a_web_process, observe, expected):
     """In a web process the middleware adds options, if that: no file, no thread, nothing instrumented."""
     code = (
         "import json, sys, threading, dramatiq, openai\n"
@@ -659,14 +637,4 @@ def test_a_process_that_is_no_worker_only_adds_options(tmp_path, observe, expect
         "assert 'opentelemetry' not in sys.modules, 'the SDK was instrumented'\n"
         "print(json.dumps(sorted(message.options)))\n"
     )
-    environ = {"WAXELL_API_URL": "http://127.0.0.1:9", "WAXELL_SPOOL_DIR": str(tmp_path / "spool")}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environ, "WAXELL_OBSERVE": observe, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == expected
-    assert not Path(tmp_path / "spool").exists()
+    assert in_a_web_process(code, observe=observe) == expected

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import rq
@@ -24,8 +20,6 @@ from rq.timeouts import BaseDeathPenalty, JobTimeoutException
 import waxell_workers.rq as adapter
 from waxell_workers import WaxellContext, get_context, options
 from waxell_workers.core import collector as collecting
-from waxell_workers.core.config import Settings
-from waxell_workers.core.encoding import decode
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted, TaskLost
 from waxell_workers.testing.conformance.stage import children_in, start_valkey
 
@@ -50,26 +44,6 @@ def redis(broker):
 @pytest.fixture
 def queue(redis):
     return adapter.Queue("q", connection=redis)
-
-
-@pytest.fixture
-def records(tmp_path, monkeypatch):
-    """Return what this process has recorded since the test began."""
-    settings = Settings(
-        api_url="http://127.0.0.1:9",
-        spool_dir=str(tmp_path),
-        shipper="external",
-        shutdown_timeout=0.0,
-        exclude=("*.secret",),
-    )
-    monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
-
-    def read(kind):
-        lines = [line for path in tmp_path.glob("*/0*.ndjson") for line in path.read_bytes().splitlines()]
-        found = [decode(line) for line in lines if line and b'"segment"' not in line]
-        return [record for record in found if isinstance(record, kind)]
-
-    return read
 
 
 def work(redis, kind=adapter.SimpleWorker, **options):
@@ -487,7 +461,7 @@ def test_a_queue_without_a_worker_makes_runs_of_its_jobs(redis, records):
 
 
 @pytest.mark.parametrize("observe", ["true", "false"])
-def test_a_process_that_is_no_worker_only_enqueues(broker, tmp_path, observe):
+def test_a_process_that_is_no_worker_only_enqueues(broker, in_a_web_process, observe):
     """In a web process the import does nothing but name runs: no file, no thread, nothing instrumented."""
     code = (
         "import json, sys, threading, openai, waxell_workers.rq\n"
@@ -499,14 +473,4 @@ def test_a_process_that_is_no_worker_only_enqueues(broker, tmp_path, observe):
         "assert 'opentelemetry.instrumentation' not in sys.modules, 'the SDK was instrumented'\n"
         "print(json.dumps(job.meta))\n"
     )
-    environ = {"WAXELL_API_URL": "http://127.0.0.1:9", "WAXELL_SPOOL_DIR": str(tmp_path / "spool")}
-    result = subprocess.run(
-        [sys.executable, "-c", code, broker],
-        env={**environ, "WAXELL_OBSERVE": observe, "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == {"own": 1}
-    assert not Path(tmp_path / "spool").exists()
+    assert in_a_web_process(code, broker, observe=observe) == {"own": 1}

@@ -31,37 +31,11 @@ from starlette.testclient import TestClient
 import waxell_workers.fastapi
 from waxell_workers import WaxellContext, get_context, observe, options
 from waxell_workers.core import collector as collecting
-from waxell_workers.core.config import Settings
-from waxell_workers.core.encoding import decode
 from waxell_workers.core.flush import FlushResult
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted
 from waxell_workers.starlette import WaxellMiddleware
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-
-
-@pytest.fixture
-def configure(tmp_path, monkeypatch):
-    """Configure this process anew."""
-
-    def with_settings(**more):
-        settings = Settings(api_url="http://127.0.0.1:9", spool_dir=str(tmp_path), shipper="external", **more)
-        monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
-
-    return with_settings
-
-
-@pytest.fixture
-def records(tmp_path, configure):
-    """Return what this process has recorded since the test began."""
-    configure(exclude=("secret",))
-
-    def read(kind):
-        lines = [line for path in tmp_path.glob("*/0*.ndjson") for line in path.read_bytes().splitlines()]
-        found = [decode(line) for line in lines if line and b'"segment"' not in line]
-        return [record for record in found if isinstance(record, kind)]
-
-    return read
 
 
 @pytest.fixture

@@ -230,6 +230,12 @@ def conformance_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         yield start_model(children)
 
 
+@pytest.fixture(scope="session")
+def own_stops_s() -> dict[Kind, float]:
+    """How long each kind of worker takes to stop where we are switched off, as far as it was measured."""
+    return {}
+
+
 @pytest.fixture
 def cell(
     kind: Kind, request: pytest.FixtureRequest, tmp_path: Path, conformance_model: str

@@ -32,7 +32,7 @@ from .driver import Driver, Mode, Site
 START_S = 60.0
 """The longest that a process may take to start, on a busy machine."""
 DELIVERY_S = 60.0
-WORK_S = 150.0
+WORK_S = 300.0
 """The longest that a batch of tasks may take."""
 RABBITMQ = ("127.0.0.1", 5672)
 RABBITMQ_URL = "amqp://guest:guest@127.0.0.1:5672//"
@@ -272,13 +272,7 @@ class RunningWorker:
     def kill_tree(self) -> None:
         """Kill the worker's main process and every process under it, at once; the shipper is not one."""
         assert self.process is not None
-        main = psutil.Process(self.process.pid)
-        main.suspend()  # so that no new child escapes
-        tree = [*main.children(recursive=True), main]
-        for process in tree:
-            process.kill()
-        psutil.wait_procs(tree[:-1], timeout=10)
-        self.process.wait(10)
+        kill_tree(self.process)
 
     def drain(self) -> None:
         """Run `waxell-workers ship --drain` for the worker's spool."""
@@ -330,6 +324,17 @@ def make_worker(
     }
     site = Site(settings.get("BROKER_URL", ""), queue, free_port(), directory, own | settings)
     return RunningWorker(driver, mode, site, folder, slots or mode.slots, recycle)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and every process under it, at once."""
+    main = psutil.Process(process.pid)
+    main.suspend()  # so that no new child escapes
+    tree = [*main.children(recursive=True), main]
+    for each in tree:
+        each.kill()
+    psutil.wait_procs(tree[:-1], timeout=10)
+    process.wait(10)
 
 
 def shippers_of(spool: Path) -> list[psutil.Process]:
