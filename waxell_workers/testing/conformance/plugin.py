@@ -130,6 +130,10 @@ class Cell:
         assert all(len(run["markers"]) == 1 for run in runs), "a run has another's call"
         return runs
 
+    def await_calls(self, markers: list[str]) -> None:
+        """Wait until each marker's call is at the server."""
+        await_(lambda: set(markers) <= self.server.calls().keys(), "delivery")
+
     def await_run(self, marker: str) -> dict[str, Any]:
         """Wait for the one run with this marker."""
         return self.await_runs([marker])[0]
@@ -156,6 +160,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say what our marker means."""
+    config.addinivalue_line("markers", "quick: one scenario that says whether an adapter works at all")
+    config.addinivalue_line("markers", "timed: measures time; to be run alone on the machine")
     config.addinivalue_line("markers", "needs(*abilities): run the scenario only in modes that have them")
 
 
