@@ -3,5 +3,5 @@
 from scenarios import app
 
 app.conf.worker_pool_start_method = "spawn"
-# Each process imports the app anew, on a busy machine for longer than Celery's 4 s, and would be killed for it.
+# Each process imports the app anew; on a busy machine that takes longer than the 4 s that Celery grants.
 app.conf.worker_proc_alive_timeout = 60.0

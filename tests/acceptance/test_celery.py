@@ -87,11 +87,11 @@ def test_a_hard_time_limit_leaves_a_killed_run_with_its_call(make_worker, server
     """A task that the hard limit killed is shown as killed, with the call that it had made and the reason."""
     worker = make_worker(server.url)
     worker.start(*POOLS["prefork"])
-    task = worker.send("ask_then_sleep", "the-marker", 60, time_limit=1)
+    task = worker.send("ask_then_sleep", "the-marker", 60, time_limit=4)
     [run] = await_(server.ended, "ended run")
     assert (run["task_id"], run["status"], run["markers"]) == (task, "killed", ["the-marker"])
     assert "TimeLimitExceeded" in run["error"]
-    assert "hard time limit (1" in run["error"]
+    assert "hard time limit (4" in run["error"]
 
 
 def test_a_task_that_is_sigkilled_leaves_a_killed_run_with_its_call(make_worker, server):

@@ -40,7 +40,7 @@ def test_hard_limits_and_kills_are_reported(make_worker, server):
     """A killed task is shown as killed, with its call and the reason, as with the process."""
     worker = make_worker(server.url, WAXELL_SHIPPER="thread")
     worker.start(*POOLS["prefork"])
-    limited = worker.send("ask_then_sleep", "limited", 60, time_limit=1)
+    limited = worker.send("ask_then_sleep", "limited", 60, time_limit=4)
     died = worker.send("ask_then_die", "died")
     await_(lambda: len(server.ended()) == 2, "two ended runs")
     runs = {run["task_id"]: run for run in server.runs()}
