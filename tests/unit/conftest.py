@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,15 @@ from tests.harness import environment
 from waxell_workers.core import collector as collecting
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import decode
+
+
+@pytest.fixture(autouse=True)
+def signals_stay_ours():
+    """RQ's workers install handlers and leave them; the next Ctrl-C is for pytest."""
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in ours.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -45,11 +55,7 @@ def in_a_web_process(tmp_path):
 
     def run(code, *arguments, observe):
         spool = tmp_path / "spool"
-        own = {
-            "WAXELL_API_URL": "http://127.0.0.1:9",
-            "WAXELL_SPOOL_DIR": str(spool),
-            "WAXELL_OBSERVE": observe,
-        }
+        own = {"WAXELL_API_URL": "http://127.0.0.1:9", "WAXELL_SPOOL_DIR": str(spool)}
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env=environment(**own, WAXELL_OBSERVE=observe),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.faulty import FaultyServer
-from tests.harness import await_, environment
+from tests.harness import await_, environment, shippers_of
 from waxell_workers.core import foreground
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
@@ -302,3 +302,27 @@ def test_a_forked_child_does_not_listen(tmp_path: Path) -> None:
         ours.close()
         os.waitpid(pid, 0)
         listener.close()
+
+
+def test_a_flush_outlives_the_shipper_that_it_waits_for(server: FaultyServer, tmp_path: Path) -> None:
+    """Given a shipper that dies while a flush waits for it, then another is started, and answers."""
+    spool = tmp_path / "spool"
+    collector = Collector(
+        Settings(api_url=server.url, spool_dir=str(spool), shipper="process", flush_interval=0.2)
+    )
+    server.mode("hang")
+    results: list[FlushResult] = []
+    flush = threading.Thread(target=lambda: results.append(collector.force_flush(40)))
+    try:
+        collector.record(LLMCall, model="m")
+        await_(lambda: server.fired["hang"] > 0, "request", 30)
+        [shipper] = shippers_of(spool)
+        flush.start()
+        shipper.kill()
+        shipper.wait(10)
+        server.mode("healthy")
+        flush.join(50)
+        assert results == [FlushResult(1, 0, 0)]
+    finally:
+        for process in shippers_of(spool):
+            process.kill()

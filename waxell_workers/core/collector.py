@@ -298,7 +298,12 @@ class Collector:
         if not _is_shipped(directory):
             self.ensure_shipper()
         token = 0 if everybody else self.journal.flush_token()
-        answer = request_flush(directory, token, deadline)
+        answer = request_flush(directory, token, deadline, patience_s=_TURN_S)
+        while answer is None and time.monotonic() < deadline:
+            if not _is_shipped(directory):
+                self.ensure_shipper()  # who was there, or was started, has not stayed
+            time.sleep(_PAUSE_S)
+            answer = request_flush(directory, token, deadline, patience_s=_TURN_S)
         unconfirmed = max(1, recorded - here.confirmed)
         if answer is None:
             return FlushResult(0, unconfirmed, dropped)

@@ -8,6 +8,7 @@ waits longer than its deadline: no socket, a full backlog or silence mean that t
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import sys
@@ -56,14 +57,18 @@ class FlushAnswer(msgspec.Struct):
     dropped: int
 
 
-def request_flush(directory: str, token: int, deadline: float) -> FlushAnswer | None:
+def request_flush(
+    directory: str, token: int, deadline: float, *, patience_s: float = math.inf
+) -> FlushAnswer | None:
     """Ask the shipper of a directory to deliver; None if nobody answered before the deadline.
 
     Args:
         directory: the destination's directory.
         token: whose records to wait for; 0 stands for everybody's.
         deadline: `time.monotonic()` in seconds.
+        patience_s: seconds after which to give up sooner, if nobody listens.
     """
+    listens_by = time.monotonic() + patience_s
     while (left := deadline - time.monotonic()) > 0:
         question = FlushRequest(max(0.0, left - _ANSWER_MARGIN_S), token)
         try:
@@ -77,6 +82,8 @@ def request_flush(directory: str, token: int, deadline: float) -> FlushAnswer | 
             if not line:
                 raise ConnectionResetError("the shipper hung up")
         except (FileNotFoundError, ConnectionError):  # a shipper that is starting, or leaving
+            if time.monotonic() > listens_by:
+                return None
             time.sleep(max(0.0, min(_RETRY_S, deadline - time.monotonic())))
             continue
         except OSError:
