@@ -37,9 +37,9 @@ FLUSHED = {"globally": ("task", "look_then_ask"), "by its options": ("periodic",
 PROMISED_RATIO = 1.2
 PROMISED_STOP_S = 3.0
 ROUNDS = 3
-MOST_ROUNDS = 16
+MOST_ROUNDS = 20
 NOISE = 0.05
-FEWEST, MOST_IN_BATCH, BATCH_S = 5, 25, 1.5
+FEWEST, MOST_IN_BATCH, BATCH_S = 5, 40, 1.5
 """Tasks in a batch, so that one takes about as long."""
 STOP_TASKS = 8
 MOST_STOPS = 3
@@ -224,7 +224,6 @@ def test_tasks_do_not_notice_a_sick_server(cell: Cell) -> None:
             cell.await_calls(pairs.markers)  # the shipper does not wait any more for what was before
             ratio = statistics.median(pairs.ratios(faulty, fault))
             assert ratio <= PROMISED_RATIO, (fault, pairs.measured)
-            assert fault == "refuse" or faulty.fired[fault] > 0, "the fault did not fire"
         faulty.mode("healthy")
         cell.await_runs(pairs.markers)
 
@@ -249,9 +248,19 @@ class Pairs:
             times = {}
             for mode in ("healthy", fault) if len(ratios) % 2 else (fault, "healthy"):
                 faulty.mode(mode, **FAULTS.get(mode, {}))
+                if mode not in ("healthy", "refuse"):
+                    self._wait_until_it_fires(faulty, mode, len(ratios))
                 times[mode] = self._median_cycle_s(f"{fault}-{mode}", len(ratios))
             ratios.append(times[fault] / times["healthy"])
         return ratios
+
+    def _wait_until_it_fires(self, faulty: FaultyProxy, fault: str, number: int) -> None:
+        """Have something to deliver, and wait until that meets the fault: the shipper may be pausing."""
+        fired, bait = faulty.fired[fault], f"bait-{fault}-{number}"
+        self._worker.send_many([bait])
+        self.markers.append(bait)
+        self._worker.wait(lambda: faulty.fired[fault] > fired, "request that meets the fault")
+        self._worker.wait_done(len(self.markers))
 
     def _median_cycle_s(self, name: str, number: int) -> float:
         """Have a batch executed; return the median time from one task's beginning to the next one's."""
