@@ -37,7 +37,7 @@ _LOOK_FOR_SHIPPER_S = 5.0
 _START_EVERY_S = 4.0
 _TURN_S = 0.5
 """How long a script that ends waits for another one's shipper before it looks whether that still lives."""
-_EXIT_MARGIN_S = 0.3
+_EXIT_MARGIN_S = 0.5
 """What an exit costs beside the wait itself; the promise is about both."""
 _PAUSE_S = 0.02
 _NEVER = float("-inf")
