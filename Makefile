@@ -16,7 +16,7 @@ help:
 	@echo 'make demo [ARGS="--once --json"]   a real worker, tasks that die, and the page that shows them'
 	@echo 'make test [ARGS="-k journal"]      ruff, mypy and every test'
 	@echo 'make quick                         one scenario with a real worker of each framework, below a minute'
-	@echo 'make torture [ARGS="-k kill"]      the crash and property tests at length, and what they found'
+	@echo 'make torture [ARGS="-k kill"]      the crash, fault and property tests at length, and what they found'
 	@echo 'make lint                          ruff and mypy alone'
 	@echo 'make format                        let ruff rewrite the sources'
 	@echo 'make docs                          write the generated parts of docs/ anew'

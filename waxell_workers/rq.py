@@ -41,6 +41,8 @@ _FRAMEWORK = "rq"
 _WORK = "_waxell_work"
 _FLUSH_AT_MOST_S = 30.0
 """RQ kills a work-horse 60 s after its job's time limit; the job's callbacks have a part of that."""
+_POOL_LOOKS_EVERY_S = 1.0
+"""So much later may a pool notice that its last worker has left: a part of what its stop may take longer by us."""
 _MAJOR = int(rq.__version__.partition(".")[0])
 _RETURNED_RETRIES = hasattr(rq.worker.BaseWorker, "handle_job_retry")
 """RQ 2.1 and later try a job again that has returned a `Retry`; before, that was a result like any other."""
@@ -288,7 +290,7 @@ if hasattr(rq.worker, "SpawnWorker"):  # RQ 2.2 has it first
 def _stopping() -> None:
     """Have delivered what is there: a pool's worker ends without `atexit`, where other processes do this."""
     try:
-        tasks.worker_stopping()
+        tasks.worker_stopping(spent_s=_POOL_LOOKS_EVERY_S)
     except _STOP_REQUESTED:
         # A first SIGTERM, to a worker that is leaving already: RQ raises wherever it is.
         pass

@@ -94,12 +94,12 @@ def test_a_clean_run_says_so_and_its_arguments_are_pytests(tmp_path: Path) -> No
     assert done.returncode == 0
 
 
-def test_without_a_path_it_runs_the_crash_and_property_tests() -> None:
-    """Given no path, every test of both folders would run; and nothing else."""
+def test_without_a_path_it_runs_the_crash_fault_and_property_tests() -> None:
     done = torture("--collect-only", "-q")
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert files == {path for path in there if path.startswith(("tests/crash/", "tests/property/"))}
+    tried = ("tests/crash/", "tests/faults/", "tests/property/")
+    assert files == {path for path in there if path.startswith(tried)}
 
 
 def test_what_is_found_outside_torture_is_printed_only(capsys, monkeypatch) -> None:
