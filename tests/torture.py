@@ -1,4 +1,4 @@
-"""How hard the crash, fault and property tests try, and what they found: briefly by `make test`, at length here.
+"""How hard the crash, fault and property tests try, and what they found: brief in `make test`, long here.
 
 Run as a script, this file is `make torture`: it runs those tests in their long mode, as a plugin of pytest's,
 and prints how many faults each of them fired and what it saw. Its arguments go to pytest: `-k kill`, a path.

@@ -42,7 +42,7 @@ _WORK = "_waxell_work"
 _FLUSH_AT_MOST_S = 30.0
 """RQ kills a work-horse 60 s after its job's time limit; the job's callbacks have a part of that."""
 _POOL_LOOKS_EVERY_S = 1.0
-"""So much later may a pool notice that its last worker has left: a part of what its stop may take longer by us."""
+"""So much later may a pool notice that its last worker has left; the wait for the shipper leaves it that."""
 _MAJOR = int(rq.__version__.partition(".")[0])
 _RETURNED_RETRIES = hasattr(rq.worker.BaseWorker, "handle_job_retry")
 """RQ 2.1 and later try a job again that has returned a `Retry`; before, that was a result like any other."""

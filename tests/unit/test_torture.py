@@ -95,6 +95,7 @@ def test_a_clean_run_says_so_and_its_arguments_are_pytests(tmp_path: Path) -> No
 
 
 def test_without_a_path_it_runs_the_crash_fault_and_property_tests() -> None:
+    """Given no path, every test of these folders would run; and nothing else."""
     done = torture("--collect-only", "-q")
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("*/test_*.py")}
