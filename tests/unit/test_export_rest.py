@@ -150,7 +150,7 @@ def test_html_instead_of_json_is_no_start(server: FaultyServer, waxell: WaxellEx
     run = batch()
     outcome = export(waxell, run)
     assert (outcome.acknowledged, outcome.paused) == (set(), "")
-    assert outcome.error == "start: 200, no run_id"
+    assert outcome.error == "start: 200 with a web page"
     assert export(waxell, run).acknowledged == ids(run)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -24,6 +24,8 @@ BODY_LIMIT = 4 << 20
 """Bytes of a request's body before compression; one larger record goes alone."""
 _HEADERS = {"Content-Type": "application/x-ndjson", "Content-Encoding": "gzip"}
 _NAME = "ingest"
+_REASON = len(_NAME) + 2 + 200
+"""Characters of a reason that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ def _post(delivery: Delivery, path: str, lines: Sequence[_Line]) -> Answer:
         if answer.verdict is Verdict.OK and answer.body is None:
             # The reply says which records were rejected; without it nothing is known. A repeat is harmless.
             return replace(answer, verdict=Verdict.RETRY, reason=f"{answer.reason}, no JSON object")
+        if answer.verdict is Verdict.OK:
+            return _account(answer, lines)
         if answer.status == 405:
             return replace(answer, verdict=Verdict.MISSING)
         return answer
@@ -99,12 +103,30 @@ def _post(delivery: Delivery, path: str, lines: Sequence[_Line]) -> Answer:
     return delivery.request(_NAME, send)
 
 
+def _account(answer: Answer, lines: Sequence[_Line]) -> Answer:
+    """Believe a reply only if it accounts for each record that was sent."""
+    body = answer.body or {}
+    accepted, duplicates = (body.get(name) for name in ("accepted", "duplicates"))
+    if not _is_count(accepted):
+        return replace(answer, verdict=Verdict.RETRY, reason=f"{answer.reason}, no count of records")
+    rejected = {line.id for line in lines} & dict(_rejected(body.get("rejected"))).keys()
+    if accepted + (duplicates if _is_count(duplicates) else 0) + len(rejected) < len(lines):
+        # Something in there has no answer; a repeat is harmless, and in halves it will be found.
+        return replace(answer, verdict=Verdict.REFUSED, reason=f"{answer.reason}, not accounted for")
+    return answer
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _settle(delivery: Delivery, lines: Sequence[_Line], answer: Answer) -> None:
     rejected = dict(_rejected((answer.body or {}).get("rejected")))
+    without_key = delivery.transport.without_key
     with delivery.writing() as outcome:
         for line in lines:
             if line.id in rejected:
-                outcome.rejected[line.id] = rejected[line.id]
+                outcome.rejected[line.id] = without_key(f"{_NAME}: {rejected[line.id]}")[:_REASON]
             else:
                 outcome.acknowledged.add(line.id)
 
@@ -112,4 +134,4 @@ def _settle(delivery: Delivery, lines: Sequence[_Line], answer: Answer) -> None:
 def _rejected(items: Any) -> Iterator[tuple[str, str]]:
     for item in items if isinstance(items, list) else ():
         if isinstance(item, dict) and isinstance(item.get("id"), str):
-            yield item["id"], f"{_NAME}: {str(item.get('reason', ''))[:200]}"
+            yield item["id"], str(item.get("reason", ""))

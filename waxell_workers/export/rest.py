@@ -8,6 +8,7 @@ server has: those that could not be sent wait in memory, bounded, and are all th
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,9 @@ SPANS_WAITING = 10_000
 """Spans kept in memory over all runs."""
 SPANS_ATTEMPTS = 3
 """A server that is up but cannot take a run's spans is asked so often; then the run goes without."""
+
+_RUN_ID = re.compile(r"(?!\.{1,2}$)[!-~]{1,200}")
+"""What can stand in an address; anything else would stand in the way of its run for ever."""
 
 _DONE = Answer(Verdict.OK)
 
@@ -152,7 +156,7 @@ class RunDelivery:
         if answer.verdict is not Verdict.OK:
             return answer
         remote_id = (answer.body or {}).get("run_id")
-        if not isinstance(remote_id, str) or not remote_id:
+        if not isinstance(remote_id, str) or not _RUN_ID.fullmatch(remote_id):
             return replace(answer, verdict=Verdict.RETRY, reason=f"{answer.reason}, no run_id")
         with self._delivery.writing() as outcome:
             self._run.remote_id = remote_id

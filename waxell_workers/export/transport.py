@@ -3,7 +3,8 @@
 httpx's timeouts hold for single reads, so a reply that trickles is limited here by a deadline for the whole
 request. Headers that trickle, or a name server that hangs, cannot be interrupted from the thread that
 waits for them: for those `abort()` is called from outside. Redirects are not followed, so the key goes
-nowhere else. Requests are invisible to the user's OpenTelemetry and not logged by httpx's own logger.
+nowhere else. A reply is unpacked here and not by httpx, which would do it without a limit. Requests are
+invisible to the user's OpenTelemetry and not logged by httpx's and httpcore's own loggers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +33,10 @@ REPLY_LIMIT = 1 << 20
 KEEPALIVE_S = 4.0
 """Idle connections are dropped before common servers drop them (uvicorn does after 5 s, which is also our
 flush interval): a request into a connection that is just being closed has an unknown outcome."""
+
+_LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy", "httpcore.socks")
+_WRAPPED = zlib.MAX_WBITS | 32
+"""For zlib: gzip or deflate, whichever it is."""
 
 _encoder = msgspec.json.Encoder(enc_hook=str)
 _local = threading.local()
@@ -66,9 +72,11 @@ class Transport:
 
     def __init__(self, base_url: str, api_key: str, connections: int) -> None:
         headers = {"User-Agent": f"waxell-workers/{__version__}", "Accept": "application/json"}
+        headers["Accept-Encoding"] = "identity"  # replies are short, and a short body may be a bomb
         if api_key:
             headers["X-Wax-Key"] = api_key
         self._base_url = base_url
+        self._api_key = api_key
         self.aborted = False
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._client = httpx.Client(
@@ -81,7 +89,8 @@ class Transport:
                 keepalive_expiry=KEEPALIVE_S,
             ),
         )
-        logging.getLogger("httpx").addFilter(_not_ours)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_not_ours)
 
     def get(self, name: str, path: str, deadline: float) -> Answer:
         """GET `path` (below the base URL, or an absolute URL); `name` stands for the endpoint in reasons."""
@@ -110,6 +119,10 @@ class Transport:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
             except OSError:
                 pass  # closed meanwhile, or wrapped by TLS: then the wrapper is in the set too
+
+    def without_key(self, text: str) -> str:
+        """Return a server's text without the key, should it echo that."""
+        return text.replace(self._api_key, "…") if self._api_key else text
 
     def close(self) -> None:
         """Close all connections."""
@@ -150,6 +163,8 @@ class Transport:
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             return Answer(Verdict.PAUSE, f"{name}: {type(error).__name__}")
         except (httpx.HTTPError, httpx.StreamError) as error:
+            if isinstance(error, httpx.ProxyError) and str(error).startswith("407"):
+                return Answer(Verdict.PAUSE, f"{name}: 407 of the proxy", 407)
             return Answer(Verdict.RETRY, f"{name}: {_cause(error)}", down=True)
         except (OSError, ValueError) as error:
             # What httpx lets through: a host name that cannot be encoded, a socket shut by `abort()`.
@@ -174,15 +189,36 @@ def _read(name: str, response: httpx.Response, total: float) -> Answer:
             down=is_overload(status),
         )
     content = bytearray()
-    try:
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > REPLY_LIMIT or time.monotonic() > total:
-                return Answer(verdict, f"{name}: {status}, reply cut", status)
-    except (httpx.HTTPError, httpx.StreamError) as error:
+    trouble = _read_content(response, content, total)
+    if _is_page(response, content):
+        return Answer(Verdict.RETRY, f"{name}: {status} with a web page", status, down=True)
+    if trouble:
         # The status line has said that the server took it; whether the text is missed is the caller's matter.
-        return Answer(verdict, f"{name}: {status}, {_cause(error)}", status)
+        return Answer(verdict, f"{name}: {status}, {trouble}", status)
     return Answer(verdict, f"{name}: {status}", status, _object(bytes(content)))
+
+
+def _read_content(response: httpx.Response, content: bytearray, total: float) -> str:
+    """Append what a reply says, as far as it is wanted; return why it is not whole, or an empty string."""
+    coding = response.headers.get("content-encoding", "identity").strip().lower()
+    unpack = zlib.decompressobj(_WRAPPED) if coding in ("gzip", "x-gzip", "deflate") else None
+    if unpack is None and coding != "identity":
+        return "in a coding that was not asked for"
+    try:
+        for chunk in response.iter_raw():
+            content += unpack.decompress(chunk, REPLY_LIMIT + 1) if unpack else chunk
+            if len(content) > REPLY_LIMIT or time.monotonic() > total:
+                return "reply cut"
+    except (httpx.HTTPError, httpx.StreamError) as error:
+        return _cause(error)
+    except zlib.error:
+        return "damaged"
+    return ""
+
+
+def _is_page(response: httpx.Response, content: bytearray) -> bool:
+    """True for HTML: then it was no API that answered, but a login page or a proxy, and nobody took anything."""
+    return "html" in response.headers.get("content-type", "").lower() or content.lstrip()[:1] == b"<"
 
 
 def _object(content: bytes) -> dict[str, Any] | None:
@@ -206,13 +242,13 @@ def _cause(error: BaseException) -> str:
 
 
 def _not_ours(record: logging.LogRecord) -> bool:
-    """Filter of httpx's logger: the user's requests are logged as ever, ours are nobody's business."""
+    """Filter of httpx's loggers: the user's requests are logged as ever, ours are nobody's business."""
     return not getattr(_local, "sending", False)
 
 
 @contextmanager
 def _invisible() -> Iterator[None]:
-    """Hide a request from the user's OpenTelemetry instrumentation and from httpx's logger."""
+    """Hide a request from the user's OpenTelemetry instrumentation and from httpx's loggers."""
     _local.sending = True
     otel = sys.modules.get("opentelemetry.context")
     token: Any = None

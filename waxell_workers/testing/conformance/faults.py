@@ -26,7 +26,9 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-SPECIAL = frozenset({"healthy", "refuse", "hang", "reset", "trickle", "redirect", "invalid_json", "reject"})
+SPECIAL = frozenset(
+    {"healthy", "refuse", "hang", "reset", "trickle", "redirect", "invalid_json", "reject", "raw"}
+)
 _UPSTREAM_S = 30.0
 _S = TypeVar("_S", bound="FaultyHTTP")
 
@@ -64,6 +66,9 @@ class _Fault:
     """`reset` and `trickle`: at the `request` (reset), in the `headers` (trickle) or in the `body`."""
     interval: float = 0.1
     """`trickle`: seconds between two bytes."""
+    play: Callable[[socket.socket, Callable[[], bool]], None] | None = None
+    """`raw`: what is done with the connection in place of an answer; it is handed a function that says
+    whether the mode is still the same, and the connection is closed after it."""
 
 
 class FaultyHTTP:
@@ -105,9 +110,9 @@ class FaultyHTTP:
             name: `healthy`; a status code (`"503"`); `refuse` (nobody listens); `hang` (the request is
                 read, an answer never comes); `reset` (the connection is torn down); `trickle` (an answer,
                 byte by byte); `redirect`; `invalid_json` (200 and HTML); `reject` (`status`, for bodies
-                with `marker`).
+                with `marker`); `raw` (whatever `play` does).
             options: Fields of `_Fault`: `endpoint`, `marker`, `times`, `processed`, `retry_after`,
-                `location`, `where`, `interval`, `status`.
+                `location`, `where`, `interval`, `status`, `play`.
         """
         if name.isdecimal():
             options["status"] = int(name)
@@ -287,6 +292,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset(fault)
         elif fault.name == "trickle":
             self._trickle(server, fault, generation, reply)
+        elif fault.name == "raw" and fault.play is not None:
+            self.close_connection = True
+            fault.play(self.connection, lambda: server._still(generation))
         elif fault.name == "redirect":
             self._send(307, {}, {"Location": fault.location})
         elif fault.name == "invalid_json":
