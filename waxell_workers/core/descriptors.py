@@ -43,3 +43,17 @@ def stands_for(descriptor: int, file: File) -> bool:
         return file_of(descriptor) == file
     except OSError:
         return False
+
+
+def is_at(path: str, file: File) -> bool:
+    """True if a path still leads to this file: not if it was deleted, moved away, or covered by a mount.
+
+    Where that cannot be told, it is believed.
+    """
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return (status.st_dev, status.st_ino) == file

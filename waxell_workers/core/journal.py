@@ -30,7 +30,7 @@ import time
 
 from . import liveness, reserve, spool
 from .config import Settings
-from .descriptors import file_of, move_high, stands_for
+from .descriptors import file_of, is_at, move_high, stands_for
 from .segments import create_segment, is_sealed, segment_numbers, segment_path
 from .tally import Tally
 
@@ -39,7 +39,7 @@ logger = logging.getLogger("waxell_workers.journal")
 _MOVES = 8
 """How often one record follows the segments that are sealed under it."""
 _LOOK_S = 1.0
-"""How often a writer looks whether its segment was deleted under it."""
+"""How often a writer looks whether its segment was deleted, or the directory moved away, under it."""
 _PAUSE_S = 1.0
 """After a refusal, how long until the disk is asked again."""
 
@@ -47,12 +47,12 @@ _PAUSE_S = 1.0
 class _Segment:
     """The segment that this process writes to. Closed when the last thread that writes through it lets go."""
 
-    __slots__ = ("descriptor", "file", "looked_at", "number", "offset", "pid", "room")
+    __slots__ = ("descriptor", "file", "looked_at", "offset", "path", "pid", "room")
 
-    def __init__(self, descriptor: int, number: int) -> None:
+    def __init__(self, descriptor: int, path: str) -> None:
         self.descriptor = descriptor
         self.file = file_of(descriptor)
-        self.number = number
+        self.path = path
         self.pid = os.getpid()
         self.offset = os.lseek(descriptor, 0, os.SEEK_END)
         """Where this process's last write through the descriptor ended."""
@@ -73,7 +73,7 @@ class _Segment:
         multigrain timestamps (6.13 and later), so it is left to doubt, and to once a second.
 
         Raises:
-            OSError: it is somebody else's (`EBADF`), or was deleted (`ENOENT`).
+            OSError: it is somebody else's (`EBADF`), or no longer where a shipper looks for it (`ENOENT`).
         """
         now = time.monotonic()
         if os.lseek(self.descriptor, 0, os.SEEK_CUR) == self.offset and now - self.looked_at < _LOOK_S:
@@ -81,8 +81,8 @@ class _Segment:
         self.looked_at = now
         if not stands_for(self.descriptor, self.file):
             raise OSError(errno.EBADF, "the descriptor is somebody else's now")
-        if os.fstat(self.descriptor).st_nlink == 0:
-            raise OSError(errno.ENOENT, "the segment was deleted")
+        if not is_at(self.path, self.file):
+            raise OSError(errno.ENOENT, "the segment was deleted, or the spool was moved")
 
 
 class Journal:
@@ -115,7 +115,8 @@ class Journal:
         Raises:
             OSError: there is no usable spool.
         """
-        if not self._directory or not os.path.isdir(self._directory):
+        # Again where it is gone, or where somebody has put another one in its place.
+        if not self._directory or not spool.is_private(self._settings, self._directory):
             self._directory = spool.prepare(self._settings)
             self._token_pid = 0
         # The same one again, unless we were forked, or the directory was deleted and others made it anew.
@@ -223,7 +224,7 @@ class Journal:
                 descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             except FileNotFoundError:  # rotated since the listing
                 continue
-            segment = _Segment(move_high(descriptor), numbers[-1])
+            segment = _Segment(move_high(descriptor), path)
             if is_sealed(segment.descriptor):  # or written by a version that knows no seal
                 create_segment(directory, numbers[-1] + 1)
                 continue

@@ -17,7 +17,7 @@ import struct
 import sys
 from typing import NamedTuple
 
-from .descriptors import File, file_of, move_high, stands_for
+from .descriptors import File, file_of, is_at, move_high, stands_for
 
 _LAST_TOKEN = 1 << 48
 _FLOCK = "hhqqi" if sys.platform == "linux" else "qqihh"
@@ -174,6 +174,10 @@ class ShipLock:
         """True if this very process holds the lock."""
         return self._held_by == os.getpid()
 
+    def is_in_place(self) -> bool:
+        """True if what this process has locked is still the directory's `ship.lock`, and nobody else can."""
+        return is_at(self._path, self._file)
+
     def taken(self) -> bool:
         """True if any process holds the lock; asks, never takes.
 
@@ -181,6 +185,15 @@ class ShipLock:
             OSError: the file cannot be opened.
         """
         return self.held or _locked_by_other(self._open(), 0, 1)
+
+    def shipper_pid(self) -> int:
+        """Return which other process holds the lock; 0 for none, or one of another pid namespace.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        found = holder(self._open(), 0, 1)
+        return found.pid if found is not None else 0
 
     def acquire(self) -> bool:
         """Take the lock if it is free; False if another process, or a thread of this one, has it.
@@ -211,8 +224,13 @@ class ShipLock:
             self._claims.pop(os.getpid(), None)
 
     def _open(self) -> int:
-        # A forked child, or who forked it, may have closed all descriptors and given others their numbers.
-        if self._opened_by != os.getpid() or not stands_for(self._descriptor, self._file):
+        # A forked child, or who forked it, may have closed all descriptors and given others their numbers;
+        # and the directory may have been deleted, or moved away, and made anew.
+        if (
+            self._opened_by != os.getpid()
+            or not stands_for(self._descriptor, self._file)
+            or not is_at(self._path, self._file)
+        ):
             opened = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._descriptor = move_high(opened)
             self._file = file_of(self._descriptor)

@@ -74,6 +74,19 @@ def prepare(settings: Settings) -> str:
     raise SpoolUnavailable(f"no usable spool directory ({'; '.join(reasons)})")
 
 
+def is_private(settings: Settings, directory: str) -> bool:
+    """True if what `prepare` has returned is still a directory of ours, and no link to another."""
+    try:
+        return _is_ours(directory) and (bool(settings.spool_dir) or _is_ours(os.path.dirname(directory)))
+    except OSError:
+        return False
+
+
+def _is_ours(path: str) -> bool:
+    status = os.lstat(path)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
 def written_since(settings: Settings, moment: float) -> bool:
     """True if somebody has written to the journal since `moment` (Unix time); creates nothing."""
     for root in candidates(settings):
