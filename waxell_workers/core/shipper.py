@@ -282,6 +282,8 @@ class Shipper:
     # -- one round -----------------------------------------------------------------------------
 
     def _round(self) -> None:
+        if not ship_lock(self._directory).is_in_place():
+            raise FileNotFoundError(errno.ENOENT, "the directory was deleted or moved", self._directory)
         self._read()
         self._tracker.end_dead_runs(leaving=self._stop_by is not None)
         waiters = self._listener.waiters() if self._listener is not None else []
