@@ -34,6 +34,7 @@ KNOWN_LINES = (
     "torn or damaged lines",
     "delivered ",
     "another shipper works in",
+    "the last shipper died with",
 )
 """What shippers may say in this test."""
 

@@ -35,6 +35,8 @@ logger = logging.getLogger("waxell_workers")
 
 _LOOK_FOR_SHIPPER_S = 5.0
 _START_EVERY_S = 4.0
+_SELDOM_S = 600.0
+"""How often a shipper is tried once `launch.MOST_STARTS` have not stayed: the reason may go away."""
 _TURN_S = 0.5
 """How long a script that ends waits for another one's shipper before it looks whether that still lives."""
 _EXIT_MARGIN_S = 0.5
@@ -200,12 +202,12 @@ class Collector:
         if not self.active:
             return
         self.enter_worker()
+        self._here.has_begun = self._here.leads_worker = True
         try:
             self.journal.open()
         except OSError as error:
             logger.warning("no spool, so nothing will be recorded: %s", error)
             return
-        self._here.has_begun = self._here.leads_worker = True
         if self.shipper_kind() == "process":
             self.ensure_shipper()
 
@@ -221,19 +223,21 @@ class Collector:
             directory = self.journal.open()
             if ship_lock(directory).taken():
                 self._starts = 0
+                if os.getpid() == 1:  # of a container: every orphan becomes our child
+                    launch.adopt(ship_lock(directory).shipper_pid())
+                return
+            if not spool.is_writable(directory):  # a shipper could do nothing there; looked at again soon
                 return
         except OSError:
             return
         now = time.monotonic()
         if now < self._start_after:
             return
-        if self._starts >= launch.MOST_STARTS:
-            if self._starts == launch.MOST_STARTS:
-                logger.error("no shipper stays: see shipper.log in %s; records are kept there", directory)
-                self._starts += 1
-            return
+        if self._starts == launch.MOST_STARTS:
+            logger.error("no shipper stays: see shipper.log in %s; records are kept there", directory)
         # One that was just started has not taken the lock yet.
-        self._start_after = now + _START_EVERY_S * 2**self._starts
+        quick = self._starts < launch.MOST_STARTS
+        self._start_after = now + (_START_EVERY_S * 2**self._starts if quick else _SELDOM_S)
         self._starts += 1
         launch.start(self.settings, directory, thread=kind == "thread")
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from types import FrameType
 
 import msgspec
@@ -20,7 +22,7 @@ from . import spool
 from .config import Settings
 from .flush import FlushResult, request_flush
 from .segments import segment_numbers
-from .shipper import DRAIN_S, LOCK_WAIT_S, Shipper
+from .shipper import DRAIN_S, LOCK_WAIT_S, Shipper, preload
 
 _LOG_BYTES = 1 << 20
 _TURN_S = 2.0
@@ -31,11 +33,16 @@ def main() -> None:
     """Ship for a worker: settings come as a line of JSON on standard input, from `launch`."""
     # Not to the end of the file: a child that is forked just then has the pipe's other end too.
     order = msgspec.json.decode(sys.stdin.buffer.readline())
+    _leave_standard_input()
     directory: str = order["directory"]
-    settings = Settings(**order["settings"])
+    # The worker may be older or newer than what is installed now: what we do not know, we do without.
+    known = {field.name for field in fields(Settings)} & order["settings"].keys()
+    settings = Settings(**{name: order["settings"][name] for name in known})
     _log_to(f"{directory}/shipper.log")
+    preload(settings)  # later, an upgrade or a removal of the release would change what there is to import
     shipper = Shipper(settings, directory, stay=False)
-    _on_signal(shipper.terminate)
+    _on_signal(shipper.terminate, repeatedly=True)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # sent to whole trees, to have them reload
     shipper.run()
 
 
@@ -84,17 +91,35 @@ def run(
     return FlushResult(delivered + shipper.delivered, shipper.pending, dropped + shipper.rejected)
 
 
-def _on_signal(terminate: Callable[[], None]) -> None:
+def _leave_standard_input() -> None:
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _on_signal(terminate: Callable[[], None], *, repeatedly: bool = False) -> None:
+    """Have SIGTERM and SIGINT end the shipper in order.
+
+    Args:
+        terminate: what they call.
+        repeatedly: True where the second one is to be in order too: systemd sends a unit's processes
+            another SIGTERM when the main one has ended.
+    """
+
     def handle(number: int, frame: FrameType | None) -> None:
         terminate()
-        signal.signal(number, signal.SIG_DFL)  # who asks twice is in a hurry
+        if not repeatedly:
+            signal.signal(number, signal.SIG_DFL)  # who asks twice is in a hurry
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
 
 
 def _log_to(path: str) -> None:
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8")
+    # Opened when there is something to say, and again if that failed: the disk may be full or read-only.
+    handler = logging.handlers.RotatingFileHandler(
+        path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8", delay=True
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     logger = logging.getLogger("waxell_workers")
     logger.addHandler(handler)

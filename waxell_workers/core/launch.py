@@ -24,14 +24,16 @@ from .flush import FlushResult
 logger = logging.getLogger("waxell_workers.shipper")
 
 MOST_STARTS = 5
-"""How often one process starts a shipper that does not stay."""
+"""How often one process starts a shipper that does not stay, at intervals that double; then seldom."""
 _BOOT = (
     "import os, sys\n"
+    "os.setsid()\n"  # before the fork: the shipper leads no session, and its group is known by our child's id
     "if os.fork(): os._exit(0)\n"
-    "os.setsid()\n"
     "os.chdir('/')\n"
     "os.umask(0o077)\n"
-    "os.closerange(3, 4096)\n"
+    "try: top = max(map(int, os.listdir('/dev/fd')))\n"
+    "except OSError: top = 4095\n"
+    "os.closerange(3, top + 1)\n"
     "os.execv(sys.argv[1], [sys.argv[1], '-m', 'waxell_workers.core.foreground'])\n"
 )
 _NEEDED = ("api_key", "api_url", "exporter", "flush_interval", "flush_max_records", "spool_limit")
@@ -53,6 +55,8 @@ _IMPORTS_S = 10.0
 """The longest that a fork waits for a shipper thread's imports; more would be a deadlock of somebody's."""
 
 _intermediate: set[int] = set()
+_adopted: set[int] = set()
+"""What may be ours to wait for where we are process 1 of a container: a shipper, or (negative) a group."""
 _threads: dict[str, _ShipperThread] = {}
 _inherited: list[object] = []
 
@@ -163,8 +167,12 @@ def _start_thread(settings: Settings, directory: str) -> None:
 def _start_process(settings: Settings, directory: str) -> None:
     reap()
     order = {name: getattr(settings, name) for name in _NEEDED}
-    reading, writing = os.pipe()
-    log = os.open(f"{directory}/shipper.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    log = _open_log(f"{directory}/shipper.log")
+    try:
+        reading, writing = os.pipe()
+    except OSError:
+        os.close(log)
+        raise
     try:
         os.write(writing, msgspec.json.encode({"directory": directory, "settings": order}) + b"\n")
         pid = os.posix_spawn(
@@ -185,15 +193,40 @@ def _start_process(settings: Settings, directory: str) -> None:
     _intermediate.add(pid)
 
 
+def _open_log(path: str) -> int:
+    how = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+    try:
+        return os.open(path, how | os.O_CREAT, 0o600)
+    except OSError:  # a disk that is full or read-only: who is to wait for it can do without
+        return os.open(os.devnull, how)
+
+
 def reap() -> None:
-    """Wait, without waiting, for the short-lived processes between us and the shippers that we started."""
+    """Wait, without waiting, for the short-lived processes between us and the shippers that we started.
+
+    And for those shippers, where they are our children: process 1 of a container inherits every orphan.
+    """
     for pid in list(_intermediate):
-        try:
-            done, _ = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:  # somebody else waited for it, or it is our parent's
-            done = pid
-        if done:
+        if _has_ended(pid):
             _intermediate.discard(pid)
+            _adopted.add(-pid)  # it has made a group of its own, in which it has left the shipper
+    for target in list(_adopted):
+        if _has_ended(target):
+            _adopted.discard(target)
+
+
+def adopt(pid: int) -> None:
+    """Wait for a shipper that another process has started, if it is, or becomes, our child."""
+    if pid > 0:
+        _adopted.add(pid)
+
+
+def _has_ended(target: int) -> bool:
+    """True if a child, or (negative) one of a process group, was waited for, or there is none of ours."""
+    try:
+        return os.waitpid(target, os.WNOHANG)[0] != 0
+    except ChildProcessError:  # somebody else waited for it, or it is another's
+        return True
 
 
 def _environment() -> dict[str, str]:

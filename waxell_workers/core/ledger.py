@@ -20,6 +20,7 @@ import msgspec
 from . import reserve
 from .encoding import to_json
 from .exporting import RunState
+from .reader import NewerJournal
 from .records import RunStarted, TaskLost
 from .room import with_room
 from .segments import Position
@@ -34,8 +35,11 @@ CREATE TABLE IF NOT EXISTS runs (
     automatic INTEGER NOT NULL, lost BLOB, ended_at REAL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS runs_ended ON runs (ended_at);
+CREATE TABLE IF NOT EXISTS in_hand (one INTEGER PRIMARY KEY CHECK (one = 1), ids TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS deaths (id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = 1;
 """  # noqa: E501
+_VERSION = 1
 _REMEMBERED = 2_000
 """How many ids before the cursor are kept: a writer that met a seal writes its last record again."""
 _ENDED_RUNS_KEPT = 20_000
@@ -74,6 +78,7 @@ class Ledger:
         """Open or make the file.
 
         Raises:
+            NewerJournal: a newer version has made it.
             sqlite3.Error: it can neither be read nor replaced.
         """
         path = f"{directory}/shipper.db"
@@ -158,6 +163,7 @@ class Ledger:
     ) -> None:
         scarce = not reserve.is_kept(self._directory)
         with self._db:
+            self._db.execute("DELETE FROM in_hand")
             self._db.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?, ?)", place)
             self._db.executemany("INSERT OR IGNORE INTO acknowledged VALUES (?)", above)
             self._db.executemany("DELETE FROM acknowledged WHERE id = ?", gone)
@@ -177,6 +183,48 @@ class Ledger:
         self._db.executemany("INSERT INTO recent (id) VALUES (?)", gone)
         oldest = "SELECT max(number) - ? FROM recent"
         self._db.execute(f"DELETE FROM recent WHERE number <= ({oldest})", (_REMEMBERED,))
+
+    def take_in_hand(self, ids: Sequence[str]) -> None:
+        """Note which records are about to go out, until the next commit; not on a disk that is full."""
+        if reserve.is_kept(self._directory):
+            with_room(self._directory, lambda: self._note_in_hand("\n".join(ids)))
+
+    def _note_in_hand(self, ids: str) -> None:
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO in_hand VALUES (1, ?)", (ids,))
+
+    def put_down(self) -> None:
+        """Note that nothing is in hand."""
+        with suppress(sqlite3.Error), self._db:
+            self._db.execute("DELETE FROM in_hand")
+
+    def found_in_hand(self) -> list[str]:
+        """Return what the last shipper had in hand when it died; if it was one record, count that death."""
+        row = self._db.execute("SELECT ids FROM in_hand").fetchone()
+        ids: list[str] = row[0].split("\n") if row else []
+        if ids:
+            with_room(self._directory, lambda: self._count_death(ids))
+        return ids
+
+    def _count_death(self, ids: Sequence[str]) -> None:
+        with self._db:
+            self._db.execute("DELETE FROM in_hand")
+            if len(ids) == 1:
+                count = "INSERT INTO deaths VALUES (?, 1) ON CONFLICT (id) DO UPDATE SET times = times + 1"
+                self._db.execute(count, (ids[0],))
+
+    def deaths(self) -> dict[str, int]:
+        """Return at how many deaths a record was alone in hand, for those with any."""
+        return dict(self._db.execute("SELECT id, times FROM deaths").fetchall())
+
+    def forget_deaths(self, ids: Iterable[str]) -> None:
+        """Hold nothing against these records any more: they have gone."""
+        gone = [(record_id,) for record_id in ids]
+        with_room(self._directory, lambda: self._forget_deaths(gone))
+
+    def _forget_deaths(self, gone: list[tuple[str]]) -> None:
+        with self._db:
+            self._db.executemany("DELETE FROM deaths WHERE id = ?", gone)
 
     def forget_ended_runs(self) -> None:
         """Delete runs that ended long ago, or too many others ago, for late calls to be expected."""
@@ -218,6 +266,9 @@ def _open(path: str) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
     try:
         os.chmod(path, 0o600)
+        [[version]] = db.execute("PRAGMA user_version")
+        if version > _VERSION:
+            raise NewerJournal(f"the ledger has version {version}, this is {_VERSION}")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.executescript(_SCHEMA)

@@ -21,6 +21,7 @@ from typing import Any, cast
 import msgspec
 
 from . import reserve
+from .caution import REASON, Caution
 from .config import Settings
 from .encoding import to_json
 from .exporting import Exporter, Outcome, RunBatch
@@ -28,10 +29,10 @@ from .ledger import Ledger
 from .listener import Listener, Waiter
 from .liveness import Procs, ship_lock
 from .reader import Entry, NewerJournal, Reader
-from .records import Record
+from .records import Record, RunStarted
 from .room import is_lack_of_room, with_room
 from .segments import FIRST_LINE
-from .tracking import Tracker
+from .tracking import Tracker, unknown
 from .values import EXPORTERS
 from .window import Backoff, Window
 
@@ -56,6 +57,8 @@ _ROOM_S = 1.0
 """How often one that waits for room on the disk looks for it."""
 _TIDY_S = 60.0
 _QUARANTINE_BYTES = 16 << 20
+_NO_RECORD_S_FAULT = (OSError, sqlite3.Error, ImportError, NewerJournal, KeyboardInterrupt, SystemExit)
+"""What may end a shipper whatever it has in hand; anything else may be a bug that a record has hit."""
 
 
 class Shipper:
@@ -144,6 +147,10 @@ class Shipper:
             while not self._leave(time_is_up):
                 self._listen()
                 time_is_up = self._live()
+        except _NO_RECORD_S_FAULT:
+            if self._opened:
+                self._caution.put_down()
+            raise
         finally:
             self._close()
 
@@ -176,8 +183,11 @@ class Shipper:
         """Ask the shipper, from a signal handler, to leave.
 
         It does once the workers are gone and all is delivered, at most 3 s after their end; one that was to
-        stay while nobody writes does not wait for their end, and leaves within 3 s.
+        stay while nobody writes does not wait for their end, and leaves within 3 s. So does one that is
+        asked again.
         """
+        if self._terminated and self._stop_by is None:
+            self._stop_by = time.monotonic() + _TERM_DRAIN_S  # no `_wake`: its lock may be held just now
         self._terminated = True
 
     def _take_lock(self, wait_s: float) -> bool:
@@ -200,6 +210,7 @@ class Shipper:
         self._reader = Reader(self._directory, *self._ledger.cursor())
         self._closing.callback(self._reader.close)
         self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs)
+        self._caution = Caution(self._ledger)
         self._exporter = load_exporter(self._settings)
         self._closing.callback(self._exporter.close)
         self._opened = True
@@ -370,8 +381,13 @@ class Shipper:
             self._window.ignore_backoff()
         while True:
             taken = self._window.take(self._settings.flush_max_records)
+            if fatal := self._caution.given_up(taken):
+                self._give_up(fatal)
+                continue
+            taken = self._caution.choose(taken, hurry=self._stop_by is not None)
             if not taken:
                 return
+            self._caution.take_in_hand(taken)
             outcome = self._send(taken)
             goes_on = self._settle(taken, outcome)
             self._report()  # a round may take minutes, if much waits for a slow server
@@ -393,10 +409,30 @@ class Shipper:
 
     def _settle(self, taken: dict[str, list[Entry]], outcome: Outcome) -> bool:
         """Take the outcome to heart; true if it is worth going on at once."""
+        only_failing = all(self._window.has_failed(run_id) for run_id in taken)
+        done, left = self._book(taken, outcome)
+        # What fails alone, while the server takes the rest, says nothing of the server.
+        server_fails = bool(outcome.error) and not done and (self._server.failures > 0 or not only_failing)
+        if not server_fails:
+            for run_id in left:
+                self._window.failed(run_id, outcome.retry_after_s)
+        self._note(outcome, server_fails=server_fails)
+        return bool(done) and not outcome.paused and not outcome.error
+
+    def _give_up(self, fatal: dict[str, list[Entry]]) -> None:
+        """Put records into quarantine that shippers have died at."""
+        for run_id, entries in fatal.items():
+            for record in [entry.record for entry in entries]:
+                if isinstance(record, RunStarted):  # an exporter may need it for each record of the run
+                    self._tracker.state(run_id).started = unknown(run_id, record)
+        rejected = {entry.id: REASON for entries in fatal.values() for entry in entries}
+        self._book(fatal, Outcome(rejected=rejected))
+
+    def _book(self, taken: dict[str, list[Entry]], outcome: Outcome) -> tuple[list[str], list[str]]:
+        """Write down what has arrived or was given up; return those ids, and the runs with something left."""
         done: list[str] = []
         left: list[str] = []
         waiters = self._listener.waiters() if self._listener is not None else []
-        only_failing = all(self._window.has_failed(run_id) for run_id in taken)
         for run_id, entries in taken.items():
             settled = [
                 entry for entry in entries if entry.id in outcome.acknowledged | outcome.rejected.keys()
@@ -419,13 +455,8 @@ class Shipper:
                 left.append(run_id)
         self._tracker.commit(done)
         self._tracker.delete_finished_segments()
-        # What fails alone, while the server takes the rest, says nothing of the server.
-        server_fails = bool(outcome.error) and not done and (self._server.failures > 0 or not only_failing)
-        if not server_fails:
-            for run_id in left:
-                self._window.failed(run_id, outcome.retry_after_s)
-        self._note(outcome, server_fails=server_fails)
-        return bool(done) and not outcome.paused and not outcome.error
+        self._caution.survived(done)
+        return done, left
 
     def _note(self, outcome: Outcome, *, server_fails: bool) -> None:
         self._named_time = outcome.retry_after_s is not None or bool(outcome.paused)
@@ -453,7 +484,8 @@ class Shipper:
         except OSError as error:
             logger.error("a rejected record could not be kept: %s", error)
         # The reason may be the server's own text, which may quote content: it stays in the file.
-        logger.warning("the server rejected a record (%s); it is in %s", record.id, path)
+        whose = "no shipper survives" if reason == REASON else "the server rejected"
+        logger.warning("%s a record (%s); it is in %s", whose, record.id, path)
 
     # -- flush requests ------------------------------------------------------------------------
 

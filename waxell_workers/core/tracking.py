@@ -113,14 +113,7 @@ class Tracker:
         run = self._runs.get(run_id) or self._ledger.run(run_id)
         if run is None:
             # Its beginning was torn or refused. What is known is worth more than nothing.
-            started = RunStarted(
-                id=f"{run_id}-start",
-                at=record.at,
-                proc=record.proc,
-                run_id=run_id,
-                agent_name="unknown",
-                metadata={"recovered": True},
-            )
+            started = unknown(run_id, record)
             run = TrackedRun(RunState(started))
             self._window.add(run_id, Entry(started, started.id, 0, None, 0), started, first=True)
         if run_id not in self._runs:
@@ -302,6 +295,18 @@ class Tracker:
         number = min(self._cursor.segment, self._reader.position.segment)
         if self._reader.lowest() < number:
             self._reader.delete_before(number)
+
+
+def unknown(run_id: str, record: Record) -> RunStarted:
+    """Return a beginning for a run that has none; with the time and the process of a record of it."""
+    return RunStarted(
+        id=f"{run_id}-start",
+        at=record.at,
+        proc=record.proc,
+        run_id=run_id,
+        agent_name="unknown",
+        metadata={"recovered": True},
+    )
 
 
 def _killed(record_id: str, at: float, lost: TaskLost | None, run_id: str, ms: float | None) -> RunEnded:
