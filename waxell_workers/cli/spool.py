@@ -207,6 +207,7 @@ def _moment(text: str) -> float:
 
 
 def _status(settings: Settings, root: str, survey: Survey) -> dict[str, Any]:
+    from ..core.abandoned import last_use
     from .spool_places import limit, used
 
     return {
@@ -225,6 +226,8 @@ def _status(settings: Settings, root: str, survey: Survey) -> dict[str, Any]:
         "writers_alive": len(survey.writers),
         "writer_pids": [writer.pid for writer in survey.writers],
         "quarantined": survey.quarantined,
+        "unused": is_unused(settings, survey),
+        "used_at": last_use(survey.directory),
         "spool_bytes": used(root),
         "spool_limit": limit(settings, root),
     }
@@ -233,6 +236,13 @@ def _status(settings: Settings, root: str, survey: Survey) -> dict[str, Any]:
 def is_current(settings: Settings, survey: Survey) -> bool:
     """True if these are the records of the settings of this moment."""
     return settings.configured and survey.destination == settings.destination
+
+
+def is_unused(settings: Settings, survey: Survey) -> bool:
+    """True if records wait there, of other settings, that nobody is going to deliver."""
+    return bool(
+        survey.pending and not is_current(settings, survey) and not survey.writers and not survey.shipper
+    )
 
 
 def _verified(checked: Checked) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..core import spool
 from ..core.config import Settings
+from ..core.inspection import destinations
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,17 @@ def places(settings: Settings) -> list[Place]:
 def chosen(candidates: list[Place]) -> Place | None:
     """Return the place that a worker of this user takes, or None."""
     return next((place for place in candidates if not place.refused), None)
+
+
+def found(settings: Settings) -> list[str]:
+    """Return the directories of all destinations, in every place where the spool may be."""
+    directories = []
+    for root in spool.candidates(settings):
+        try:
+            directories += [f"{root}/{name}" for name in destinations(root)]
+        except OSError:  # nobody has recorded there, or it is not ours
+            continue
+    return directories
 
 
 def limit(settings: Settings, root: str) -> int:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from ..core.abandoned import last_use
 from .show import UNKNOWN, console, unique_digits
-from .spool import is_current
+from .spool import is_current, is_unused
 from .spool_places import limit, used
 
 if TYPE_CHECKING:
@@ -55,10 +56,22 @@ def status_table(settings: Settings, root: str, surveys: Sequence[Survey]) -> No
                 f"[red]{survey.destination[:digits]}: shipper.db cannot be read[/] "
                 f"({escape(survey.ledger.problem)}): all of it counts as pending"
             )
+    for survey in surveys:
+        if is_unused(settings, survey):
+            out.print(_unused(settings, survey, survey.destination[:digits]), highlight=False)
     if any(is_current(settings, survey) for survey in surveys):
         out.print("* the destination of these settings", style="dim")
     else:
         out.print("none of them is the destination of these settings", style="dim")
+
+
+def _unused(settings: Settings, survey: Survey, name: str) -> str:
+    most = settings.spool_max_age
+    kept = f" (spool_max_age: removed after {age(time.time() - most)})" if most else ""
+    return (
+        f"[yellow]{name}: unused for {age(last_use(survey.directory))}[/]{kept}. Where these settings have "
+        f"taken its place: waxell-workers ship --adopt {name}"
+    )
 
 
 def verify_tables(checked: Sequence[Checked]) -> None:

@@ -49,6 +49,8 @@ class Settings:
     spool_dir: str = ""
     spool_limit: int = 0
     """0 stands for the smaller of 512 MiB and a tenth of the free space."""
+    spool_max_age: float = 604_800.0
+    """How long the backlog of a destination that nobody uses any more is kept; 0 for ever."""
     shipper: str = "auto"
     exporter: str = "waxell"
 

@@ -36,7 +36,10 @@ _BOOT = (
     "os.closerange(3, top + 1)\n"
     "os.execv(sys.argv[1], [sys.argv[1], '-m', 'waxell_workers.core.foreground'])\n"
 )
-_NEEDED = ("api_key", "api_url", "exporter", "flush_interval", "flush_max_records", "spool_limit")
+_NEEDED = (
+    *("api_key", "api_url", "exporter", "flush_interval", "flush_max_records"),
+    *("spool_limit", "spool_max_age"),
+)
 _NOT_INHERITED = (
     *("PYTHON", "OTEL_", "DD_", "NEW_RELIC_", "SENTRY_", "COVERAGE_", "COV_CORE_"),
     *("WAXELL_", "WAX_"),  # the key, by both of its names

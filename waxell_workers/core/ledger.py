@@ -34,6 +34,7 @@ CREATE TABLE IF NOT EXISTS runs (
     run_id TEXT PRIMARY KEY, started BLOB NOT NULL, remote_id TEXT NOT NULL, spans INTEGER NOT NULL,
     automatic INTEGER NOT NULL, lost BLOB, ended_at REAL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS owner (one INTEGER PRIMARY KEY CHECK (one = 1), destination TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS runs_ended ON runs (ended_at);
 CREATE TABLE IF NOT EXISTS in_hand (one INTEGER PRIMARY KEY CHECK (one = 1), ids TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS deaths (id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
@@ -93,6 +94,23 @@ class Ledger:
                 if os.path.exists(path + suffix):
                     os.unlink(path + suffix)
             self._db = with_room(directory, lambda: _open(path))
+
+    def belongs_to(self, destination: str) -> bool:
+        """Say where the records go from now on; true if that is what the directory was made for.
+
+        A server's ids of runs mean nothing to another account, or a stranger's run: they are forgotten.
+        """
+        original = os.path.basename(self._directory)
+        row = self._db.execute("SELECT destination FROM owner").fetchone()
+        if destination != (row[0] if row else original):
+            with_room(self._directory, lambda: self._change_owner(destination))
+        return destination == original
+
+    def _change_owner(self, destination: str) -> None:
+        with self._db:
+            self._db.execute("UPDATE runs SET remote_id = '', spans = 0")
+            self._db.execute("DELETE FROM acknowledged WHERE id LIKE '%-start'")  # made here, for the other
+            self._db.execute("INSERT OR REPLACE INTO owner VALUES (1, ?)", (destination,))
 
     def cursor(self) -> tuple[Position | None, int]:
         """Return where reading goes on, and the inode of the segment there."""

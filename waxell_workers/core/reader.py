@@ -47,17 +47,24 @@ class Entry:
 class Reader:
     """Reads one destination's journal from a position on."""
 
-    def __init__(self, directory: str, start: Position | None, inode: int) -> None:
+    def __init__(self, directory: str, start: Position | None, inode: int, last: int | None = None) -> None:
         """Take up at `start`, if the segment there is still the same file; else at the lowest.
+
+        Args:
+            directory: the destination's directory.
+            start: where reading goes on.
+            inode: the inode of the segment there.
+            last: the segment with which the journal ends for us; what is behind it is for others.
 
         Raises:
             OSError: the directory cannot be read.
         """
         self._directory = directory
+        self._last = last
         self._descriptor = -1
         self._inodes: dict[int, int] = {}
         self.torn = 0
-        numbers = segment_numbers(directory)
+        numbers = self._numbers()
         self.position = Position(numbers[0] if numbers else 1, 0)
         if start is not None and start.segment in numbers:
             status = os.stat(segment_path(directory, start.segment))
@@ -70,7 +77,11 @@ class Reader:
 
     def lowest(self) -> int:
         """Return the number of the lowest segment."""
-        return min(segment_numbers(self._directory), default=self.position.segment)
+        return min(self._numbers(), default=self.position.segment)
+
+    def _numbers(self) -> list[int]:
+        numbers = segment_numbers(self._directory)
+        return numbers if self._last is None else [number for number in numbers if number <= self._last]
 
     def read(self) -> list[Entry]:
         """Return the next records, up to a chunk of them; empty at the journal's end.
@@ -101,7 +112,7 @@ class Reader:
 
         What follows that is no record yet, or was torn by a death, and never will be one.
         """
-        numbers = segment_numbers(self._directory)
+        numbers = self._numbers()
         if not numbers:
             return self.position
         try:
@@ -120,11 +131,19 @@ class Reader:
         Raises:
             OSError: the disk is full, or the directory is gone.
         """
-        numbers = segment_numbers(self._directory)
-        if not numbers:
+        numbers = self._numbers()
+        if not numbers or self._last is not None:
             return
         create_segment(self._directory, numbers[-1] + 1)
         seal(self._directory, numbers[-1])
+
+    def leave_last(self) -> None:
+        """Go on to the segment behind the last one, without reading it: so that the last one is passed."""
+        if self._last is not None:
+            self.close()
+            self.position = Position(self._last + 1, 0)
+            self._last = None
+            self._open()
 
     def delete_before(self, number: int) -> None:
         """Delete the segments below `number`, all of which must be read and acknowledged."""
@@ -150,7 +169,7 @@ class Reader:
 
     def _next(self, *, torn: bool) -> bool:
         """Go on with the next segment; false if there is none yet."""
-        higher = [number for number in segment_numbers(self._directory) if number > self.position.segment]
+        higher = [number for number in self._numbers() if number > self.position.segment]
         if not higher:
             return False
         self.torn += torn
@@ -170,7 +189,7 @@ class Reader:
         """
         if self._descriptor < 0:
             return
-        numbers = segment_numbers(self._directory)
+        numbers = self._numbers()
         status = os.fstat(self._descriptor)
         if status.st_nlink == 0:
             self.close()

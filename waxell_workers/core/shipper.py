@@ -21,6 +21,7 @@ from typing import Any, cast
 import msgspec
 
 from . import reserve
+from .abandoned import Sweeper, close_off
 from .caution import REASON, Caution
 from .config import Settings
 from .encoding import to_json
@@ -71,6 +72,7 @@ class Shipper:
         *,
         stay: bool,
         progress: Callable[[int, int], None] | None = None,
+        adopts: bool = False,
     ) -> None:
         """Prepare; nothing is opened before `run`.
 
@@ -79,11 +81,14 @@ class Shipper:
             directory: the destination's directory.
             stay: True to go on while nobody writes, until `stop`.
             progress: called after each batch, with the records delivered and those known to be pending.
+            adopts: True to deliver what was recorded for another destination, up to now (`adoption`).
         """
         self._settings = settings
         self._directory = directory
         self._stay = stay
         self._progress = progress
+        self._adopts = adopts
+        self._sweeper = Sweeper(directory, settings.spool_max_age)
         self._wake = threading.Event()
         self._stop_by: float | None = None
         self._terminated = False
@@ -207,9 +212,13 @@ class Shipper:
         reserve.keep(self._directory)
         self._ledger = Ledger(self._directory)
         self._closing.callback(self._ledger.close)
-        self._reader = Reader(self._directory, *self._ledger.cursor())
+        last = close_off(self._directory, self._procs) if self._adopts else None
+        owner = self._settings.destination if self._adopts else os.path.basename(self._directory)
+        at_home = self._ledger.belongs_to(owner)
+        self._reader = Reader(self._directory, *self._ledger.cursor(), last=last)
         self._closing.callback(self._reader.close)
-        self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs)
+        self._closing.callback(self._sweeper.close)
+        self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs, adopted=not at_home)
         self._caution = Caution(self._ledger)
         self._exporter = load_exporter(self._settings)
         self._closing.callback(self._exporter.close)
@@ -238,7 +247,9 @@ class Shipper:
         return True
 
     def _leave_no_content(self) -> None:
-        if self._reader.end().offset > len(FIRST_LINE):
+        if self._adopts:
+            self._reader.leave_last()
+        elif self._reader.end().offset > len(FIRST_LINE):
             self._rotate()
             self._read()
         # Also where the last round has rotated: the cursor is still behind what is delivered and sealed.
@@ -314,6 +325,8 @@ class Shipper:
     def _rotate(self) -> None:
         try:
             with_room(self._directory, self._reader.rotate)
+        if self._stop_by is None:
+            self._sweeper.go_on()
         except OSError as error:
             if not is_lack_of_room(error):
                 raise  # else in a later round: delivering goes on without

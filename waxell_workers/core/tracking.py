@@ -31,8 +31,24 @@ _REASON_GRACE_S = 8.0
 class Tracker:
     """Everything that is known about the runs of one destination."""
 
-    def __init__(self, ledger: Ledger, window: Window, reader: Reader, procs: Procs) -> None:
+    def __init__(
+        self, ledger: Ledger, window: Window, reader: Reader, procs: Procs, *, adopted: bool = False
+    ) -> None:
+        """Take up where the ledger says.
+
+        Args:
+            ledger: what earlier shippers have written down.
+            window: where records go.
+            reader: where they come from.
+            procs: who lives.
+            adopted: True if the records go elsewhere than they were meant to: there, no run has begun.
+        """
         self._ledger = ledger
+        self._adopted = adopted
+        self._begun: set[str] = set()
+        """Of an adopted journal: the runs whose beginning was read, or made again."""
+        self._begun_there: list[str] = []
+        """… and the ids of beginnings that need not be made again, to be written down."""
         self._window = window
         self._reader = reader
         self._procs = procs
@@ -90,6 +106,8 @@ class Tracker:
         return False
 
     def _begin(self, record: RunStarted) -> None:
+        if self._adopted:
+            self._begun.add(record.run_id)
         run = self._runs.get(record.run_id)
         if run is None:
             lost = self._losses.get(record.task_id)
@@ -116,10 +134,23 @@ class Tracker:
             started = unknown(run_id, record)
             run = TrackedRun(RunState(started))
             self._window.add(run_id, Entry(started, started.id, 0, None, 0), started, first=True)
+            if self._adopted:
+                self._begun.add(run_id)
+        elif self._adopted:
+            self._begin_again(run)
         if run_id not in self._runs:
             self._runs[run_id] = run
             self._changed[run_id] = run
         return run
+
+    def _begin_again(self, run: TrackedRun) -> None:
+        """Have a run begin here that has begun, so far, where the journal was meant to go."""
+        if run.run_id in self._begun:
+            return
+        self._begun.add(run.run_id)
+        started = msgspec.structs.replace(run.state.started, id=f"{run.run_id}-start")
+        if started.id not in self._acknowledged:
+            self._window.add(run.run_id, Entry(started, started.id, 0, None, 0), started, first=True)
 
     # -- the dead ------------------------------------------------------------------------------
 
@@ -182,6 +213,8 @@ class Tracker:
 
     def _kill(self, run: TrackedRun, at: float) -> None:
         run.ended = True
+        if self._adopted:
+            self._begin_again(run)
         at = min(at, run.lost.at) if run.lost is not None else at
         end = _killed(f"{run.run_id}-killed", at, run.lost, run.run_id, (at - run.state.started.at) * 1000)
         self._window.add(run.run_id, Entry(end, end.id, 0, None, 0), end)
@@ -246,6 +279,8 @@ class Tracker:
         self._changed[run_id] = run
         if isinstance(record, RunEnded):
             run.delivered = True
+        elif isinstance(record, RunStarted) and self._adopted:
+            self._begun_there.append(f"{run_id}-start")
 
     def changed(self, run_id: str) -> None:
         """Note that an exporter may have changed what it needs to know about a run."""
@@ -263,6 +298,7 @@ class Tracker:
         if self._window.nothing_followed:
             self._cursor = self._reader.position
         gone = [entry.id for entry in passed]
+        done, self._begun_there = [*done, *self._begun_there], []
         self._acknowledged.update(done)
         finished = [
             run for run in self._changed.values() if run.delivered and not self._window.has(run.run_id)
@@ -279,6 +315,7 @@ class Tracker:
         )
         for run in finished:
             self._runs.pop(run.run_id, None)
+            self._begun.discard(run.run_id)
         self._changed.clear()
         self._acknowledged = above
         for record_id in gone:

@@ -16,6 +16,8 @@ FLUSH_POLICIES = ("periodic", "task")
 SHIPPERS = ("auto", "process", "thread", "external")
 EXPORTERS = {"waxell": "waxell_workers.export.waxell:WaxellExporter"}
 """Name of an exporter to `module:class`, imported by the shipper alone."""
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_LONGEST_S = 10 * 365 * 86_400
 FALSE = ("0", "false", "no", "off")
 
 Redactor = Callable[[str], str]
@@ -84,6 +86,19 @@ def _interval(name: str, value: object) -> float:
     return number
 
 
+def _age(name: str, value: object) -> float:
+    allowed = "expected seconds, or a number with s, m, h or d, up to ten years; 0 for ever"
+    text = str(value).strip()
+    factor = _UNITS_S.get(text[-1:], 0)
+    try:
+        number = float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        raise ConfigError(name, value, allowed) from None
+    if isinstance(value, bool) or not 0 <= number <= _LONGEST_S:
+        raise ConfigError(name, value, allowed)
+    return number
+
+
 def _count(name: str, value: object) -> int:
     allowed = "expected a whole number from 1 to 100000"
     try:
@@ -147,6 +162,7 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "redact": _callable,
     "spool_dir": _path,
     "spool_limit": _size,
+    "spool_max_age": _age,
     "shipper": _one_of(*SHIPPERS),
     "exporter": _one_of(*EXPORTERS),
 }
