@@ -7,7 +7,8 @@ in the process that executes the task; the main process starts the shipper, and 
 In a process that is no worker (a web server, beat, a shell) it only adds headers to messages.
 
 Celery swallows and logs what a signal handler raises, so that nothing here guards against it; the handlers
-are short, since a soft time limit that surfaces in one is lost to the task.
+are short, since a soft time limit that surfaces in one is lost to the task. What the handler had to do is
+not: those of a task are connected twice, and the second call finds nothing to do, or what an interrupt has left.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .core.runs import Run
 _F = TypeVar("_F", bound=Callable[..., None])
 _FRAMEWORK = "celery"
 _ATTEMPT = "_waxell_attempt"
+_ERROR = "_waxell_error"
 _LOOK_FOR_SHIPPER_S = 5.0
 _STATES = {
     states.SUCCESS: "success",
@@ -41,10 +43,12 @@ _STATES = {
 _LOST = ("WorkerLostError", "TimeLimitExceeded", "Terminated")
 
 
-def _connect(signal: Any) -> Callable[[_F], _F]:
+def _connect(signal: Any, times: int = 1) -> Callable[[_F], _F]:
     # weak=False and an id: the receivers are module functions, and the module may be imported twice.
     def connect(function: _F) -> _F:
-        signal.connect(function, weak=False, dispatch_uid=f"waxell_workers.celery.{function.__name__}")
+        for number in range(times):
+            name = f"waxell_workers.celery.{function.__name__}"
+            signal.connect(function, weak=False, dispatch_uid=f"{name}.{number}" if number else name)
         return function
 
     return connect
@@ -62,22 +66,25 @@ def _enqueued(headers: dict[str, Any] | None = None, **_: Any) -> None:
 # -- tasks, in the process that executes them --------------------------------------------------
 
 
-@_connect(signals.task_prerun)
+@_connect(signals.task_prerun, times=2)
 def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None, **_: Any) -> None:
     request = task.request
-    attempt = tasks.prepare(_describe(task_id, task, request, args, kwargs), _options(task))
-    setattr(request, _ATTEMPT, attempt)
-    tasks.begin(attempt)
+    attempt = _attempt_of(request)
+    if attempt is None:
+        attempt = tasks.prepare(_describe(task_id, task, request, args, kwargs), _options(task))
+        setattr(request, _ATTEMPT, attempt)
+    if not attempt.begun:
+        tasks.begin(attempt)
 
 
-@_connect(signals.task_retry)
+@_connect(signals.task_retry, times=2)
 def _will_retry(request: Context, reason: Any = None, **_: Any) -> None:
     cause = getattr(reason, "exc", None) or reason  # a Retry tells what it was raised for
     if isinstance(cause, BaseException):
         _note_error(request, cause)
 
 
-@_connect(signals.task_failure)
+@_connect(signals.task_failure, times=2)
 def _failed(
     task_id: str, sender: CeleryTask | None = None, exception: BaseException | None = None, **_: Any
 ) -> None:
@@ -91,18 +98,19 @@ def _failed(
         _lost(task_id, exception)
 
 
-@_connect(signals.task_postrun)
+@_connect(signals.task_postrun, times=2)
 def _ended(task: CeleryTask, state: str | None = None, **_: Any) -> None:
     request = task.request
     attempt = _attempt_of(request)
     if attempt is None:
         return
-    setattr(request, _ATTEMPT, None)
-    error = getattr(request, "_waxell_error", None) or {}
+    error = getattr(request, _ERROR, None) or {}
     name = _STATES.get(state, "success")
     if name == "success":
         error = {}
-    tasks.task_ended(attempt, name, time_left_s=_time_left_s(task, attempt.run), **error)
+    tasks.close(attempt, name, **error)
+    setattr(request, _ATTEMPT, None)
+    tasks.flush(attempt, _time_left_s(task, attempt.run))
 
 
 # -- the main process --------------------------------------------------------------------------
@@ -201,8 +209,8 @@ def _attempt_of(request: Any) -> tasks.Attempt | None:
 
 def _note_error(request: Context, error: BaseException) -> None:
     attempt = _attempt_of(request)
-    if attempt is not None:
-        request._waxell_error = attempt.run.describe(error)
+    if attempt is not None and getattr(request, _ERROR, None) is None:
+        setattr(request, _ERROR, attempt.run.describe(error))
 
 
 def _time_left_s(task: CeleryTask, run: Run) -> float | None:

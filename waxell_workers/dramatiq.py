@@ -107,9 +107,9 @@ class WaxellMiddleware(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         # Comes a second time, with an exception, if an interrupt surfaces while it goes round.
-        here = _processing(message)
-        if here is None or exception is None:
+        if exception is None:
             return
+        here = _processing(message) or _open(broker, message)  # one may have surfaced before we had begun
         stopped = not isinstance(exception, (Exception, TimeLimitExceeded))
         here.state = "interrupted" if stopped else "error"
         here.error = here.attempt.run.describe(exception)
@@ -176,8 +176,9 @@ def _open(broker: Broker, message: MessageProxy) -> _Processing:
 
 
 def _close(here: _Processing, state: str) -> None:
+    tasks.close(here.attempt, state, **here.error)
     _here.processing = None
-    tasks.task_ended(here.attempt, state, **here.error)
+    tasks.flush(here.attempt)
 
 
 # -- translation -------------------------------------------------------------------------------

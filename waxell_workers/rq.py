@@ -116,7 +116,6 @@ class _Work:
         self._worker = worker
         self._nested = nested
         self._attempt: tasks.Attempt | None = None
-        self._began = False
         self.abandoned = False
         """True if RQ has come to no end with the job, so that its status says nothing."""
         self._state = ""
@@ -143,7 +142,6 @@ class _Work:
     def _begin(self, marked: tasks.Options) -> None:
         self._attempt = tasks.prepare(_describe(self._job, self._worker, nested=self._nested), marked)
         tasks.begin(self._attempt)
-        self._began = True
 
     def failed(self, error: BaseException) -> None:
         """Note why the job has failed, also where it failed before its function was known."""
@@ -151,7 +149,7 @@ class _Work:
             return
         if self._attempt is None:
             self._begin(tasks.Options())
-        elif not self._began:  # a time limit surfaced in between; written twice, it is one record
+        elif not self._attempt.begun:  # a time limit surfaced in between; written twice, it is one record
             self._attempt.run.leave_all()
             tasks.begin(self._attempt)
         if self._attempt is not None:
@@ -160,11 +158,20 @@ class _Work:
 
     def end(self) -> None:
         """Close the run; where RQ's time limit is off, and the job's state is what RQ made of it."""
+        try:
+            self._close()
+        except BaseException:  # a second SIGTERM, while a SimpleWorker is here: it goes on, once this is done
+            self._close()
+            raise
+        if self._attempt is not None:
+            tasks.flush(self._attempt, _FLUSH_AT_MOST_S)
+
+    def _close(self) -> None:
         self._job.__dict__.pop("perform", None)
         self._job.__dict__.pop(_WORK, None)
         if self._attempt is not None:
             state, error = self._end()
-            tasks.task_ended(self._attempt, state, time_left_s=_FLUSH_AT_MOST_S, **error)
+            tasks.close(self._attempt, state, **error)
 
     def _end(self) -> tuple[str, dict[str, str]]:
         status = self._job.get_status(refresh=False)

@@ -129,13 +129,13 @@ class _Request:
         message = {**self._inherited, **tasks.lineage({})}
         task.__dict__[_ADDED] = _Added(message, new_id())
 
-    def begin(self, task: BackgroundTask) -> tasks.Attempt:
-        """Open the run of a task."""
+    def prepare(self, task: BackgroundTask) -> tasks.Attempt:
+        """Make the attempt of a task; it is not begun yet."""
         added: _Added = task.__dict__.get(_ADDED) or _Added(self._inherited, new_id())
         added.attempts += 1
         function, args, kwargs = task.func, task.args, task.kwargs
         candidates = _unwrapped(function)
-        attempt = tasks.prepare(
+        return tasks.prepare(
             tasks.Task(
                 framework=self._framework,
                 name=_name(candidates[-1]),
@@ -147,8 +147,6 @@ class _Request:
             ),
             tasks.options_of(*candidates),
         )
-        tasks.begin(attempt)
-        return attempt
 
     def end(self, attempt: tasks.Attempt, error: BaseException | None) -> None:
         """Close the run of a task; its flush is the request's."""
@@ -204,8 +202,9 @@ def _watch_background_tasks() -> None:
         if request is None:
             await run(self)
             return
-        attempt = request.begin(self)
+        attempt = request.prepare(self)
         try:
+            tasks.begin(attempt)
             await run(self)
         except BaseException as error:
             request.end(attempt, error)

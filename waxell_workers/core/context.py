@@ -1,13 +1,48 @@
-"""`WaxellContext`: a run that a user opens, sync or async."""
+"""`WaxellContext`: a run that a user opens, sync or async.
+
+A time limit may surface at any instruction, and so where nothing of ours can catch it: before the first line
+of `__exit__`, or after the last one of `__enter__`. So what a `with` keeps until its block is left, on the
+interpreter's stack, is not `__exit__` itself, but a guard. If it goes without having been called to the end,
+the run ends there and then.
+"""
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import content
 from .collector import current
 from .runs import Run, state_of
+
+
+class _Guarded:
+    """A method that a `with` looks up before it enters, and calls when it leaves."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __get__(self, run: WaxellContext | None, kind: type) -> Callable[..., Any]:
+        if run is None:
+            return self._function
+        # In C: a call that is hit before its first instruction leaves nothing that would keep the guard.
+        guard = functools.partial(self._function, run)
+        if run._guard is None and not run._began:
+            run._guard = weakref.ref(guard, run._abandon)
+        return guard
+
+
+class _Nothing:
+    """What may be awaited, and is there already."""
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
+
+
+_NOTHING = _Nothing()
 
 
 class WaxellContext(Run):
@@ -31,7 +66,7 @@ class WaxellContext(Run):
         parent_run_id: the run that caused this one; the current run unless given.
     """
 
-    __slots__ = ()
+    __slots__ = ("_guard",)
 
     def __init__(
         self,
@@ -45,6 +80,7 @@ class WaxellContext(Run):
         user_group: str | None = None,
         parent_run_id: str | None = None,
     ) -> None:
+        self._guard: weakref.ref[Callable[..., Any]] | None = None
         collector = current()
         super().__init__(
             None if collector.excluded(agent_name) else collector,
@@ -67,7 +103,10 @@ class WaxellContext(Run):
             raise
         return self
 
-    def __exit__(
+    async def __aenter__(self) -> WaxellContext:
+        return self.__enter__()
+
+    def _leave(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
@@ -79,17 +118,43 @@ class WaxellContext(Run):
             self._close(error)
             raise
 
-    def _close(self, error: BaseException | None) -> None:
-        self.leave()
-        self.end(state_of(error), error)
-
-    async def __aenter__(self) -> WaxellContext:
-        return self.__enter__()
-
-    async def __aexit__(
+    def _leave_async(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
-        self.__exit__(kind, error, trace)
+    ) -> _Nothing:
+        # At once, not in a coroutine: the guard has gone by the time that one is awaited.
+        self._leave(kind, error, trace)
+        return _NOTHING
+
+    if TYPE_CHECKING:
+
+        def __exit__(
+            self,
+            kind: type[BaseException] | None,
+            error: BaseException | None,
+            trace: TracebackType | None,
+        ) -> None: ...
+
+        async def __aexit__(
+            self,
+            kind: type[BaseException] | None,
+            error: BaseException | None,
+            trace: TracebackType | None,
+        ) -> None: ...
+
+    else:
+        __exit__ = _Guarded(_leave)
+        __aexit__ = _Guarded(_leave_async)
+
+    def _close(self, error: BaseException | None) -> None:
+        self.leave()
+        self.end(state_of(error), error)
+        self._guard = None
+
+    def _abandon(self, guard: object) -> None:
+        """End what nobody has ended, as its guard goes."""
+        self._guard = None
+        self.leave()
+        self.end("interrupted")

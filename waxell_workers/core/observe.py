@@ -65,36 +65,42 @@ def observe(
     return decorate if function is None else decorate(function)
 
 
+# In both, the outermost `except` sees also an interrupt that surfaced in code of ours: what has begun ends
+# there, and is hidden from the consumer. A run that has ended already stays as it is.
+
+
 def _generator(
     wrapped: Callable[..., Generator[Any, Any, Any]], new_run: Callable[[], WaxellContext]
 ) -> Callable[..., Generator[Any, Any, Any]]:
     def run(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         generator = wrapped(*args, **kwargs)
         context = new_run()
-        context.start()
         body = Body(context)
         resume: Callable[[], Any] = lambda: next(generator)  # noqa: E731  what the consumer asked for last
         try:
-            while True:
-                with body:
-                    item = resume()
-                try:
-                    sent = yield item
-                except GeneratorExit:
+            try:
+                context.start()
+                while True:
                     with body:
-                        generator.close()
-                    raise
-                except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
-                    resume = functools.partial(generator.throw, error)
-                else:
-                    resume = functools.partial(generator.send, sent)
-        except StopIteration as stop:
-            context.end()
-            return stop.value
-        except GeneratorExit:
-            context.end()
-            raise
+                        item = resume()
+                    try:
+                        sent = yield item
+                    except GeneratorExit:
+                        with body:
+                            generator.close()
+                        raise
+                    except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
+                        resume = functools.partial(generator.throw, error)
+                    else:
+                        resume = functools.partial(generator.send, sent)
+            except StopIteration as stop:
+                context.end()
+                return stop.value
+            except GeneratorExit:
+                context.end()
+                raise
         except BaseException as error:
+            body.hide()
             context.end(state_of(error), error)
             raise
 
@@ -107,29 +113,31 @@ def _async_generator(
     async def run(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         generator = wrapped(*args, **kwargs)
         context = new_run()
-        context.start()
         body = Body(context)
         resume: Callable[[], Any] = functools.partial(generator.asend, None)
         try:
-            while True:
-                with body:
-                    item = await resume()
-                try:
-                    sent = yield item
-                except GeneratorExit:
+            try:
+                context.start()
+                while True:
                     with body:
-                        await generator.aclose()
-                    raise
-                except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
-                    resume = functools.partial(generator.athrow, error)
-                else:
-                    resume = functools.partial(generator.asend, sent)
-        except StopAsyncIteration:
-            context.end()
-        except GeneratorExit:
-            context.end()
-            raise
+                        item = await resume()
+                    try:
+                        sent = yield item
+                    except GeneratorExit:
+                        with body:
+                            await generator.aclose()
+                        raise
+                    except BaseException as error:  # noqa: BLE001  thrown in by the consumer: the generator's
+                        resume = functools.partial(generator.athrow, error)
+                    else:
+                        resume = functools.partial(generator.asend, sent)
+            except StopAsyncIteration:
+                context.end()
+            except GeneratorExit:
+                context.end()
+                raise
         except BaseException as error:
+            body.hide()
             context.end(state_of(error), error)
             raise
 

@@ -47,6 +47,7 @@ class Run:
         "_result",
         "_session_id",
         "_steps",
+        "_unwritten",
         "_user_group",
         "_user_id",
         "agent_name",
@@ -93,6 +94,7 @@ class Run:
         self._result: Any = None
         self._outer: Run | None = None
         self._left = False
+        self._unwritten: RunStarted | None = None
 
     @property
     def is_open(self) -> bool:
@@ -114,33 +116,34 @@ class Run:
         self.root_run_id = self.root_run_id or self.run_id
         self.trace_id = self.trace_id or self.root_run_id
         self._began = time.perf_counter()
-        self._pid = os.getpid()
         collector = self._collector
         if collector is None:
+            self._pid = os.getpid()
             return
-        collector.open_runs[self.run_id] = self
         inputs = self._inputs
         if inputs and collector.settings.redact is not None:
             inputs = content.redacted(collector.settings, inputs)
-        collector.write(
-            RunStarted(
-                id=self.run_id,
-                at=time.time(),
-                proc=collector.token(),
-                run_id=self.run_id,
-                agent_name=self.agent_name,
-                workflow_name=self.workflow_name,
-                inputs=inputs or {},
-                metadata=self._metadata or {},
-                session_id=self._session_id or "",
-                user_id=self._user_id or "",
-                user_group=self._user_group or "",
-                parent_run_id=self.parent_run_id or "",
-                root_run_id=self.root_run_id,
-                trace_id=self.trace_id,
-                task_id=self.task_id,
-            )
+        started = self._unwritten = RunStarted(
+            id=self.run_id,
+            at=time.time(),
+            proc=collector.token(),
+            run_id=self.run_id,
+            agent_name=self.agent_name,
+            workflow_name=self.workflow_name,
+            inputs=inputs or {},
+            metadata=self._metadata or {},
+            session_id=self._session_id or "",
+            user_id=self._user_id or "",
+            user_group=self._user_group or "",
+            parent_run_id=self.parent_run_id or "",
+            root_run_id=self.root_run_id,
+            trace_id=self.trace_id,
+            task_id=self.task_id,
         )
+        self._pid = os.getpid()
+        collector.open_runs[self.run_id] = self
+        collector.write(started)
+        self._unwritten = None
 
     def end(
         self,
@@ -166,6 +169,8 @@ class Run:
         if collector is None:
             self._pid = 0
             return
+        if self._unwritten is not None:  # an interrupt has surfaced there; written twice, it is one record
+            collector.write(self._unwritten)
         if error is not None:
             error_type, error_message, traceback = self.describe(error).values()
         result = self._result
@@ -217,10 +222,11 @@ class Run:
         self._left = True
         if _current.get() is not self:
             return
-        outer, self._outer = self._outer, None
+        outer = self._outer
         while outer is not None and outer._left:
             outer = outer._outer
         _current.set(outer)
+        self._outer = None  # last: an interrupt before would have us forget where to go back to
 
     def leave_all(self) -> None:
         """Leave this run, if it was entered, and whatever an interrupt has left current inside it."""
@@ -305,19 +311,27 @@ class Run:
 class Body:
     """What is current inside a generator's body: kept from one item to the next, hidden from its consumer."""
 
-    __slots__ = ("_inside", "_outside")
+    __slots__ = ("_inside", "_is_inside", "_outside")
 
     def __init__(self, run: Run) -> None:
         self._inside: Run | None = run
         self._outside: Run | None = None
+        self._is_inside = False
 
     def __enter__(self) -> None:
         self._outside = _current.get()
+        self._is_inside = True
         _current.set(self._inside)
 
     def __exit__(self, *exc_info: object) -> None:
         self._inside = _current.get()
-        _current.set(self._outside)
+        self.hide()
+
+    def hide(self) -> None:
+        """Make current what the consumer has, if an interrupt has prevented that."""
+        if self._is_inside:
+            _current.set(self._outside)
+            self._is_inside = False
 
 
 def state_of(error: BaseException | None) -> str:

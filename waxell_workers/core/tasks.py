@@ -12,6 +12,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -139,6 +140,15 @@ def lineage(previous: Mapping[str, Any]) -> dict[str, Any]:
 
 _slots: dict[int, Run] = {}
 """Thread or greenlet to the run of the task that it executes."""
+_here = threading.local()
+"""Has the guard of this thread, which goes with it."""
+_guards: dict[int, weakref.ref[_Guard]] = {}
+
+
+class _Guard:
+    """Stands for one thread; when it goes, what the thread has left open is ended."""
+
+    __slots__ = ("__weakref__",)
 
 
 @dataclass(slots=True)
@@ -150,6 +160,8 @@ class Attempt:
     flush: str
     flush_timeout: float
     slot: int | None
+    begun: bool = False
+    """True once its run is open and current."""
 
 
 def prepare(task: Task, marked: Options) -> Attempt:
@@ -188,6 +200,8 @@ def begin(attempt: Attempt) -> None:
     """
     slot = attempt.slot
     if slot is not None:
+        if getattr(_here, "guard", None) is None:
+            _guard(slot)
         older = _slots.get(slot)
         if older is not None and older is not attempt.run and older.is_open:
             older.leave_all()
@@ -195,6 +209,21 @@ def begin(attempt: Attempt) -> None:
         _slots[slot] = attempt.run
     attempt.run.start()
     attempt.run.enter()
+    attempt.begun = True
+
+
+def _guard(slot: int) -> None:
+    """Have the last run of this thread end with it, at the latest: an interrupt may end the thread itself."""
+
+    def ended(_: object) -> None:
+        _guards.pop(slot, None)
+        run = _slots.pop(slot, None)
+        if run is not None and run.is_open:
+            run.end("interrupted")
+
+    guard = _Guard()
+    _guards[slot] = weakref.ref(guard, ended)
+    _here.guard = guard
 
 
 def task_ended(
@@ -213,13 +242,7 @@ def task_ended(
         error: the error's fields, as `Run.end` takes them.
     """
     close(attempt, state, **error)
-    if attempt.flush != "task":
-        return
-    timeout = attempt.flush_timeout
-    if time_left_s is not None:
-        timeout = min(timeout, time_left_s - _LIMIT_MARGIN_S)
-    if timeout > 0:
-        attempt.collector.force_flush(timeout)
+    flush(attempt, time_left_s)
 
 
 def close(attempt: Attempt, state: str, **error: Any) -> None:
@@ -230,11 +253,35 @@ def close(attempt: Attempt, state: str, **error: Any) -> None:
         state: one of `records.STATES`.
         error: the error's fields, as `Run.end` takes them.
     """
+    try:
+        _close(attempt, state, error)
+    except BaseException:  # an interrupt's: it goes on, once this is done
+        _close(attempt, state, error)
+        raise
+
+
+def _close(attempt: Attempt, state: str, error: dict[str, Any]) -> None:
     run = attempt.run
     run.leave_all()
     run.end(state, **error)
     if attempt.slot is not None and _slots.get(attempt.slot) is run:
         del _slots[attempt.slot]
+
+
+def flush(attempt: Attempt, time_left_s: float | None = None) -> None:
+    """Wait, under the `task` policy, until what an attempt has recorded is at the server.
+
+    Args:
+        attempt: what was closed.
+        time_left_s: seconds until the framework would kill this process, if it would.
+    """
+    if attempt.flush != "task":
+        return
+    timeout = attempt.flush_timeout
+    if time_left_s is not None:
+        timeout = min(timeout, time_left_s - _LIMIT_MARGIN_S)
+    if timeout > 0:
+        attempt.collector.force_flush(timeout)
 
 
 def task_lost(task_id: str, reason: str, error_type: str = "", *, state: str = "killed") -> None:
