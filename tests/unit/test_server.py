@@ -683,7 +683,7 @@ class TestGuard:
             assert client.post(INGEST, content=b"", headers=key).status_code == 401
             assert client.get("/", headers=key).status_code == 401
         assert "Basic" in client.get("/").headers["www-authenticate"]
-        assert client.get("/static/style.css").status_code == 200
+        assert client.get("/static/style.css").status_code == 401
         good = {"x-wax-key": "s3cret"}
         assert client.get("/api/runs", headers=good).status_code == 200
         assert client.post(INGEST, content=b"", headers=good).status_code == 200

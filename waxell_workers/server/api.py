@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from .store import Store
@@ -15,12 +19,16 @@ from .store import Store
 MAX_LIMIT = 1000
 """The largest `limit`."""
 
+AT_ONCE = 4
+"""How many lists or pages are made at a time: each may take much memory, and Python one thread."""
+
 
 class Api:
     """The endpoints under `/api/`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -30,29 +38,32 @@ class Api:
             Route("/api/stats", self.stats, methods=["GET"]),
         ]
 
-    async def runs(self, request: Request) -> JSONResponse:
+    async def runs(self, request: Request) -> Response:
         """List runs, newest first."""
         limit = parse_limit(request.query_params.get("limit", ""), default=50)
         wanted = {name: request.query_params.get(name, "") for name in ("agent", "status", "before")}
 
-        def work() -> list[Any]:
-            return list(self._store.runs(limit, **wanted))
-
         try:
-            return JSONResponse({"runs": await run_in_threadpool(work)})
+            return await self._answer(lambda: {"runs": self._store.runs(limit, **wanted)})
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
 
-    async def run(self, request: Request) -> JSONResponse:
-        """Return one run with its calls."""
-        found = await run_in_threadpool(self._store.run, request.path_params["run_id"])
-        if found is None:
+    async def run(self, request: Request) -> Response:
+        """Return one run with its calls, piece by piece: it may be larger than memory should be."""
+        pieces = self._store.stream(request.path_params["run_id"])
+        first = await run_in_threadpool(next, pieces, None)
+        if first is None:
             raise HTTPException(404, "no such run")
-        return JSONResponse(found)
+        return StreamingResponse(chain([first], pieces), media_type="application/json")
 
-    async def stats(self, request: Request) -> JSONResponse:
+    async def stats(self, request: Request) -> Response:
         """Count what is stored."""
-        return JSONResponse(await run_in_threadpool(self._store.stats, request.query_params.get("agent", "")))
+        return await self._answer(lambda: self._store.stats(request.query_params.get("agent", "")))
+
+    async def _answer(self, work: Callable[[], Any]) -> Response:
+        async with self._turns:
+            body = await run_in_threadpool(lambda: msgspec.json.encode(work()))
+        return Response(body, media_type="application/json")
 
 
 def parse_limit(text: str, *, default: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -15,6 +16,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from .api import Api
+from .body import Bodies
 from .governance import Governance
 from .guard import Guard
 from .pages import Pages
@@ -29,6 +31,24 @@ _CLIENTS = "/api/v1/"
 """Where clients send to. They log a refusal, or nothing; whoever runs the server should see it too."""
 
 
+_AGAIN_S = 60.0
+
+
+class _Complaints:
+    """What the database complains of, said once a minute: clients come again and again."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._said_at = 0.0
+
+    def hear(self, complaint: str) -> None:
+        """Log a complaint, unless it was the last one, and not long ago."""
+        now = time.monotonic()
+        if complaint != self._last or now - self._said_at > _AGAIN_S:
+            self._last, self._said_at = complaint, now
+            logger.error("the database refuses: %s", complaint)
+
+
 def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback: bool = True) -> Starlette:
     """Make the ASGI application.
 
@@ -38,6 +58,8 @@ def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback
         ingest: offer the ingest endpoint; without it clients use the platform's REST protocol.
         loopback: answer only requests addressed to this machine's loopback (against DNS rebinding).
     """
+    bodies = Bodies()
+    complaints = _Complaints()
     pages = Pages(store, api_key_needed=bool(api_key))
 
     async def failed(request: Request, error: Exception) -> Response:
@@ -45,7 +67,7 @@ def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback
         detail = error.detail if isinstance(error, HTTPException) else "internal error"
         headers = error.headers if isinstance(error, HTTPException) else None
         if isinstance(error, sqlite3.Error):  # a full disk, a locked file: worth another try later
-            logger.error("the database refuses: %s", error)
+            complaints.hear(str(error))
             status, detail = 503, f"the database refuses: {error}"
         if request.url.path.startswith(_CLIENTS) and status < 500:
             logger.warning("refused %s %.200r: %d, %.200r", request.method, request.url.path, status, detail)
@@ -55,8 +77,8 @@ def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback
 
     return Starlette(
         routes=[
-            *Protocol(store, ingest=ingest).routes(),
-            *Governance(store).routes(),
+            *Protocol(store, bodies, ingest=ingest).routes(),
+            *Governance(store, bodies).routes(),
             *Api(store).routes(),
             *pages.routes(),
             Mount("/static", StaticFiles(directory=HERE / "static"), name="static"),

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .body import parse_object, receive
+from .body import Bodies, parse_object
 from .model import iso
 from .store import Store
 from .values import text
@@ -32,8 +32,9 @@ _NOT_KEPT = (
 class Governance:
     """The endpoints beside those of runs."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, bodies: Bodies) -> None:
         self._store = store
+        self._bodies = bodies
 
     def routes(self) -> list[Route]:
         """Return the routes."""
@@ -54,7 +55,7 @@ class Governance:
 
     async def policy_check(self, request: Request) -> Response:
         """Allow."""
-        await _object(request)
+        await self._object(request)
         return JSONResponse({"action": "allow", "reason": "", "metadata": {}, "evaluations": []})
 
     async def policy_manifest(self, _: Request) -> Response:
@@ -64,12 +65,12 @@ class Governance:
 
     async def governance_decision(self, request: Request) -> Response:
         """Tell whether the run is known: told no, the client asks again for some seconds."""
-        run_id = text((await _object(request)).get("workflow_id"))
+        run_id = text((await self._object(request)).get("workflow_id"))
         return JSONResponse({"run_found": await run_in_threadpool(self._store.has_run, run_id)})
 
     async def prompt_guard(self, request: Request) -> Response:
         """Find nothing; the text comes back as it was, for a client that uses it without asking."""
-        sent = text((await _object(request)).get("text"))
+        sent = text((await self._object(request)).get("text"))
         return JSONResponse({"action": "allow", "violations": [], "redacted_text": sent, "scan_time_ms": 0})
 
     async def prompt(self, _: Request) -> Response:
@@ -84,9 +85,8 @@ class Governance:
 
     async def not_kept(self, request: Request) -> Response:
         """Take it."""
-        await _object(request)
+        await self._object(request)
         return JSONResponse({})
 
-
-async def _object(request: Request) -> dict[str, Any]:
-    return parse_object(await receive(request))
+    async def _object(self, request: Request) -> dict[str, Any]:
+        return await self._bodies.process(request, parse_object)

@@ -1,9 +1,9 @@
 """Who may talk to this server, and what a browser may do with its answers. Pure ASGI, around everything else.
 
 Bound to loopback, three kinds of web page must be kept out: one that resolves its own name to 127.0.0.1
-(the Host header tells), one that posts here from elsewhere (the Origin header tells), and one that frames us
-or brings a script into a page of ours (the Content-Security-Policy says no). Beyond loopback, everything
-needs the key.
+(the Host header tells), one that posts here from elsewhere (the Origin header tells, or Sec-Fetch-Site; and
+what a form can send is not taken at all), and one that frames us or brings a script into a page of ours (the
+Content-Security-Policy says no). Beyond loopback, everything needs the key.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ KEY_HEADER = "x-wax-key"
 _HOST = re.compile(r"[A-Za-z0-9.-]+(:\d{1,5})?|\[[0-9A-Fa-f:]+\](:\d{1,5})?")
 _STATIC = "/static/"
 _SAFE = ("GET", "HEAD")
+_FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
+"""What a page of any site may send to us without asking first."""
+_OURS = ("same-origin", "none")
+"""Values of Sec-Fetch-Site that no other site's page can have."""
 _SECURITY = {
     "content-security-policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -73,12 +77,20 @@ class Guard:
         host = headers.get("host", "")
         if self._loopback and not (_HOST.fullmatch(host) and is_loopback(f"http://{host}")):
             return JSONResponse({"error": "Host: expected localhost, 127.0.0.1 or [::1]"}, 421)
-        origin = headers.get("origin")
-        if method not in _SAFE and origin is not None and urlsplit(origin).netloc != host:
-            return JSONResponse({"error": "Origin: requests from other sites are not taken"}, 403)
-        if not self._key or path.startswith(_STATIC) or self._matches(headers.get(KEY_HEADER, "")):
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # a proxy before us may believe the other one, and take a body for the next request
+            close = {"connection": "close"}
+            return JSONResponse({"error": "Content-Length beside Transfer-Encoding"}, 400, close)
+        if method not in _SAFE:
+            if not all(_is_origin(origin, host) for origin in headers.getlist("origin")) or not all(
+                site in _OURS for site in headers.getlist("sec-fetch-site")
+            ):
+                return JSONResponse({"error": "Origin: requests from other sites are not taken"}, 403)
+            if any(_bare(kind) in _FORMS for kind in headers.getlist("content-type")):
+                return JSONResponse({"error": "Content-Type: expected JSON, and no form's"}, 415)
+        if not self._key or self._matches(headers.getlist(KEY_HEADER)):
             return None
-        if method in _SAFE and self._matches(_password(headers.get("authorization", ""))):
+        if method in _SAFE and self._matches([_password(headers.get("authorization", ""))]):
             return None
         if path.startswith("/api/"):
             return JSONResponse({"error": "X-Wax-Key: a key is needed, and this is not it"}, 401)
@@ -86,8 +98,20 @@ class Guard:
         challenge = {"www-authenticate": 'Basic realm="waxell-workers: any name, the API key as password"'}
         return PlainTextResponse("This page needs the API key, as the password.\n", 401, challenge)
 
-    def _matches(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode("utf-8", "replace"), self._key)
+    def _matches(self, given: list[str]) -> bool:
+        """Tell whether this is the key, once, in a time that says nothing about it."""
+        return len(given) == 1 and hmac.compare_digest(given[0].encode("utf-8", "replace"), self._key)
+
+
+def _is_origin(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:  # half an IPv6 address
+        return False
+
+
+def _bare(content_type: str) -> str:
+    return content_type.split(";", 1)[0].strip().lower()
 
 
 def _password(authorization: str) -> str:

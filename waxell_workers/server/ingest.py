@@ -14,9 +14,10 @@ import msgspec
 from starlette.exceptions import HTTPException
 
 from ..core.records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, Step, TaskLost
+from .body import MAX_VALUES, is_bounded, is_nested
 from .model import LATEST
 from .store import Store
-from .values import error_line, is_end_state, is_run_id, moment
+from .values import MAX_DEPTH, error_line, is_end_state, is_run_id, moment, too_deep
 from .writes import CallMade, End, Start, Writer
 
 MAX_RECORDS = 50_000
@@ -24,6 +25,7 @@ MAX_RECORDS = 50_000
 
 _KINDS = frozenset({"run_started", "llm_call", "step", "run_updated", "run_ended", "task_lost"})
 _MAX_ID = 200
+_MAX_REASON = 500
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 
@@ -61,21 +63,26 @@ def ingest(store: Store, body: bytes) -> dict[str, Any]:
                 _apply(writer, record)
                 accepted += 1
             except Refused as refused:
-                rejected.append({"id": _id_of(line), "reason": str(refused)})
+                rejected.append({"id": _id_of(line)[:_MAX_ID], "reason": str(refused)[:_MAX_REASON]})
         writer.count(accepted=accepted, duplicates=duplicates)
     return {"accepted": accepted, "duplicates": duplicates, "rejected": rejected}
 
 
 def _decode(line: bytes) -> Record:
+    if not is_bounded(line):
+        raise Refused(f"more than {MAX_VALUES:,} values")
     try:
         record = _decoder.decode(line)
     except msgspec.ValidationError as error:
-        kind = _raw(line).get("kind")
-        if kind not in _KINDS:
+        found = _raw(line)
+        kind = found.get("kind")
+        if found and kind not in _KINDS:
             raise Refused(f"unknown kind {kind!r}"[:_MAX_ID]) from None
         raise Refused(str(error)) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refused(f"no valid JSON: {error}") from None
+    if is_nested(line) and too_deep(_raw(line)):
+        raise Refused(f"nested deeper than {MAX_DEPTH}")
     if not 0 < len(record.id) <= _MAX_ID:
         raise Refused(f"id: expected 1 to {_MAX_ID} characters")
     if moment(record.at, LATEST) is None:
@@ -163,6 +170,8 @@ def _end(record: RunEnded) -> End:
 
 
 def _raw(line: bytes) -> dict[str, Any]:
+    if not is_bounded(line):
+        return {}
     try:
         found = msgspec.json.decode(line)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):

@@ -6,6 +6,7 @@ that changes marks the part that does (`#live`); a small script fetches the page
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -17,7 +18,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
+from .api import AT_ONCE
 from .model import RUNNING
+from .queries import Extent
 from .store import Store
 from .tree import span_rows
 from .views import FILTERS
@@ -25,6 +28,8 @@ from .views import FILTERS
 PAGE_SIZE = 50
 SHOWN = 500
 """How many calls, steps, spans and scores of one run a page shows; the JSON API has all of them."""
+
+_EXTENT = Extent(SHOWN, 20_000)
 
 _STATUSES = ("running", "success", "error", "retry", "killed", "interrupted")
 """The order in which statuses stand above the list; any other follows by name."""
@@ -35,6 +40,7 @@ class Pages:
 
     def __init__(self, store: Store, *, api_key_needed: bool) -> None:
         self._store = store
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parent / "templates"),
             autoescape=True,
@@ -56,11 +62,13 @@ class Pages:
     async def runs(self, request: Request) -> HTMLResponse:
         """Show the runs, newest first, a page at a time."""
         chosen = {name: request.query_params.get(name, "") for name in ("agent", "status", "before")}
-        return await run_in_threadpool(self._runs, str(request.base_url).rstrip("/"), chosen)
+        async with self._turns:
+            return await run_in_threadpool(self._runs, _address(request), chosen)
 
     async def run(self, request: Request) -> HTMLResponse:
         """Show one run."""
-        return await run_in_threadpool(self._run, request.path_params["run_id"])
+        async with self._turns:
+            return await run_in_threadpool(self._run, request.path_params["run_id"])
 
     def error(self, request: Request, status: int, detail: str) -> HTMLResponse:
         """Show what went wrong, and the way back."""
@@ -95,18 +103,20 @@ class Pages:
         )
 
     def _run(self, run_id: str) -> HTMLResponse:
-        run = self._store.run(run_id)
-        if run is None:
+        found = self._store.page(run_id, _EXTENT)
+        if found is None:
             raise HTTPException(
                 404, "There is no such run here. Beyond a number of runs, the oldest are removed."
             )
+        run, totals = found
         attempts, children = self._store.related(run)
-        parent = self._store.run(run["parent_run_id"]) if run["parent_run_id"] else None
+        parent = self._store.summary(run["parent_run_id"]) if run["parent_run_id"] else None
         return self._page(
             "run.html",
             run=run,
             live=run["status"] == RUNNING,
-            span_rows=span_rows(run["spans"])[:SHOWN],
+            totals=totals,
+            span_rows=span_rows(run["spans"]),
             attempts=attempts if len(attempts) > 1 else [],
             children=children,
             parent=parent,
@@ -114,3 +124,11 @@ class Pages:
 
     def _page(self, template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
         return HTMLResponse(self._templates.get_template(template).render(values), status_code)
+
+
+def _address(request: Request) -> str:
+    """Return the address that this request was sent to, as far as its Host header says one."""
+    try:
+        return str(request.base_url).rstrip("/")
+    except ValueError:  # beyond loopback any Host comes through, half an IPv6 address too
+        return "http://…"

@@ -12,14 +12,13 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from . import rest
-from .body import parse_object, receive, unpack
+from .body import Bodies, parse_object, unpack
 from .daily import daily
 from .ingest import ingest
 from .store import Store
@@ -33,8 +32,9 @@ Reply = dict[str, Any]
 class Protocol:
     """The endpoints that clients send to."""
 
-    def __init__(self, store: Store, *, ingest: bool) -> None:
+    def __init__(self, store: Store, bodies: Bodies, *, ingest: bool) -> None:
         self._store = store
+        self._bodies = bodies
         self._ingest = ingest
 
     def routes(self) -> list[Route]:
@@ -61,38 +61,40 @@ class Protocol:
 
     async def start(self, request: Request) -> JSONResponse:
         """Start a run, and give it an id: the client's own, if it sent one."""
-        body = await receive(request)
 
-        def work() -> Reply:
+        def work(body: bytes) -> Reply:
             return rest.start(self._store, parse_object(body), time.time(), uuid.uuid4().hex)
 
-        return JSONResponse(await run_in_threadpool(work))
+        return JSONResponse(await self._bodies.process(request, work))
 
     async def daily(self, request: Request) -> JSONResponse:
         """Give the run of an agent's day."""
-        body = await receive(request)
-        return JSONResponse(
-            await run_in_threadpool(lambda: daily(self._store, parse_object(body), time.time()))
-        )
+
+        def work(body: bytes) -> Reply:
+            return daily(self._store, parse_object(body), time.time())
+
+        return JSONResponse(await self._bodies.process(request, work))
 
     async def ingest(self, request: Request) -> JSONResponse:
         """Take a batch of journal records."""
-        body = await receive(request)
-        encoding = request.headers.get("content-encoding", "")
-        return JSONResponse(await run_in_threadpool(lambda: ingest(self._store, unpack(body, encoding))))
+        encoding = ",".join(request.headers.getlist("content-encoding"))
+
+        def work(body: bytes) -> Reply:
+            return ingest(self._store, unpack(body, encoding))
+
+        return JSONResponse(await self._bodies.process(request, work))
 
     def _of_run(self, action: Callable[[rest.RunRequest], Reply]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> JSONResponse:
-            body = await receive(request)
             run_id: str = request.path_params["run_id"]
 
-            def work() -> Reply:
+            def work(body: bytes) -> Reply:
                 sent = parse_object(body)
                 with self._store.write() as writer:
                     if not writer.exists(run_id):
                         raise HTTPException(404, "no such run")
                     return action(rest.RunRequest(writer, run_id, sent, time.time()))
 
-            return JSONResponse(await run_in_threadpool(work))
+            return JSONResponse(await self._bodies.process(request, work))
 
         return endpoint

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,6 +16,10 @@ _SUMMARY = (
     f"SELECT run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls, tokens_in,"
     " tokens_out, cost_usd, error, metadata FROM runs"
 )
+TOO_LONG = "too long for a page; the JSON of this run has it"
+_OBJECT = f'{{"…": "{TOO_LONG}"}}'
+_LIST = f'["{TOO_LONG}"]'
+
 _RELATED = 200
 """How many attempts or children of a run are listed."""
 
@@ -39,26 +45,85 @@ def runs(
     return [_summary(row) for row in rows]
 
 
-def run(db: sqlite3.Connection, run_id: str) -> RunDetail | None:
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much of what belongs to a run is read: all, unless said otherwise."""
+
+    items: int = -1
+    """At most so many calls, steps, spans and scores each."""
+    size: int = 0
+    """Of a text with more bytes, the first so many characters; JSON that is longer becomes a remark."""
+
+    def text(self, column: str) -> str:
+        """Return the SQL that reads a text."""
+        if not self.size:
+            return column
+        first = f"substr({column}, 1, {self.size}) || '… (cut here, not in the JSON)'"
+        return f"CASE WHEN {_size(column)} > {self.size} THEN {first} ELSE {column} END AS {column}"
+
+    def json(self, column: str, remark: str = f'"{TOO_LONG}"') -> str:
+        """Return the SQL that reads JSON text."""
+        if not self.size:
+            return column
+        return f"CASE WHEN {_size(column)} > {self.size} THEN '{remark}' ELSE {column} END AS {column}"
+
+
+ALL = Extent()
+
+
+def _size(column: str) -> str:
+    return f"length(CAST({column} AS BLOB))"  # that of a text ends at its first NUL
+
+
+def run(db: sqlite3.Connection, run_id: str, extent: Extent = ALL) -> RunDetail | None:
     """Return one run with everything that belongs to it, or None."""
+    found: Any = head(db, run_id, extent)
+    if found is None:
+        return None
+    detail: RunDetail = found | {name: list(items) for name, items in belongings(db, run_id, extent)}
+    return detail
+
+
+def head(db: sqlite3.Connection, run_id: str, extent: Extent = ALL) -> dict[str, Any] | None:
+    """Return one run without its lists, or None."""
     row = db.execute(
         f"SELECT run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls AS call_count,"
-        " tokens_in, tokens_out, cost_usd, error, metadata, traceback, inputs, result, tags, session_id,"
+        f" tokens_in, tokens_out, cost_usd, error, metadata, {extent.text('traceback')},"
+        f" {extent.json('inputs', _OBJECT)}, {extent.json('result')}, tags, session_id,"
         " user_id, trace_id, task_id, parent_run_id, root_run_id, source FROM runs WHERE run_id = ?",
         (run_id,),
     ).fetchone()
     if row is None:
         return None
-    found: Any = dict(row)
+    found = dict(row)
     for column in ("metadata", "inputs", "result", "tags"):
         found[column] = loads(found[column])
     found["started_at"] = iso(found["started_at"])
-    found["calls"] = _calls(db, run_id)
-    found["steps"] = _steps(db, run_id)
-    found["spans"] = _spans(db, run_id)
-    found["scores"] = _scores(db, run_id)
-    detail: RunDetail = found  # the columns of the statement above, and the lists beside them
-    return detail
+    return found
+
+
+def belongings(
+    db: sqlite3.Connection, run_id: str, extent: Extent = ALL
+) -> Iterator[tuple[str, Iterator[Any]]]:
+    """Yield each list of a run: its name, and its items as they are read."""
+    yield "calls", _calls(db, run_id, extent)
+    yield "steps", _steps(db, run_id, extent)
+    yield "spans", _spans(db, run_id, extent)
+    yield "scores", _scores(db, run_id, extent)
+
+
+def lengths(db: sqlite3.Connection, run_id: str) -> dict[str, int]:
+    """Return how many items each list of a run has."""
+    return {
+        name: db.execute(f"SELECT count(*) FROM {name} WHERE run_id = ?", (run_id,)).fetchone()[0]
+        for name in ("calls", "steps", "spans", "scores")
+    }
+
+
+def summary(db: sqlite3.Connection, run_id: str) -> RunSummary | None:
+    """Return one run as a list shows it, or None."""
+    row = db.execute(f"{_SUMMARY} WHERE run_id = ?", (run_id,)).fetchone()
+    return None if row is None else _summary(row)
 
 
 def has_run(db: sqlite3.Connection, run_id: str) -> bool:
@@ -96,8 +161,10 @@ def stats(db: sqlite3.Connection, agent: str = "") -> Stats:
     """Sum up runs by status, calls, tokens and cost; the counters are those of all agents."""
     where, values = ("WHERE agent_name = ?", (agent,)) if agent else ("", ())
     rows = db.execute(
-        "SELECT status, count(*) AS runs, sum(calls) AS calls, sum(tokens_in) AS tokens_in,"
-        " sum(tokens_out) AS tokens_out, sum(cost_usd) AS cost_usd"
+        # `sum` of whole numbers fails where the result is beyond 64 bits
+        "SELECT status, count(*) AS runs, sum(calls) AS calls,"
+        " cast(total(tokens_in) AS INTEGER) AS tokens_in, cast(total(tokens_out) AS INTEGER) AS tokens_out,"
+        " sum(cost_usd) AS cost_usd"
         f" FROM runs {where} GROUP BY status ORDER BY status",
         values,
     ).fetchall()
@@ -136,54 +203,54 @@ def _summary(row: sqlite3.Row) -> RunSummary:
     return summary
 
 
-def _calls(db: sqlite3.Connection, run_id: str) -> list[Call]:
+def _calls(db: sqlite3.Connection, run_id: str, extent: Extent) -> Iterator[Call]:
     rows = db.execute(
         "SELECT call_id AS id, model, response_model, provider, operation, status, error, started_at,"
-        " duration_ms, ttft_ms, tokens_in, tokens_out, tokens_cached, tokens_reasoning, cost_usd, prompt,"
-        " response, metadata"
-        " FROM calls WHERE run_id = ? ORDER BY started_at, seq",
-        (run_id,),
+        " duration_ms, ttft_ms, tokens_in, tokens_out, tokens_cached, tokens_reasoning, cost_usd,"
+        f" {extent.text('prompt')}, {extent.text('response')}, {extent.json('metadata', _OBJECT)}"
+        " FROM calls WHERE run_id = ? ORDER BY started_at, seq LIMIT ?",
+        (run_id, extent.items),
     )
-    found: list[Any] = [dict(row) for row in rows]
-    for position, call in enumerate(found, 1):
-        call["position"] = position
-        call["started_at"] = iso(call["started_at"])
-        call["metadata"] = loads(call["metadata"])
-    calls: list[Call] = found  # the columns of the statement above
-    return calls
+    for position, row in enumerate(rows, 1):
+        found: Any = dict(row)
+        found["position"] = position
+        found["started_at"] = iso(found["started_at"])
+        found["metadata"] = loads(found["metadata"])
+        call: Call = found  # the columns of the statement above
+        yield call
 
 
-def _steps(db: sqlite3.Connection, run_id: str) -> list[Step]:
-    rows = db.execute("SELECT * FROM steps WHERE run_id = ? ORDER BY position, at, seq", (run_id,))
-    return [
-        Step(position=row["position"], name=row["name"], output=loads(row["output"]), at=iso(row["at"]))
-        for row in rows
-    ]
+def _steps(db: sqlite3.Connection, run_id: str, extent: Extent) -> Iterator[Step]:
+    rows = db.execute(
+        f"SELECT position, name, {extent.json('output')}, at FROM steps WHERE run_id = ?"
+        " ORDER BY position, at, seq LIMIT ?",
+        (run_id, extent.items),
+    )
+    for row in rows:
+        yield Step(position=row["position"], name=row["name"], output=loads(row["output"]), at=iso(row["at"]))
 
 
-def _spans(db: sqlite3.Connection, run_id: str) -> list[Span]:
-    rows = db.execute("SELECT * FROM spans WHERE run_id = ? ORDER BY position, seq", (run_id,))
-    return [
-        Span(
-            position=row["position"],
-            parent_position=row["parent_position"],
-            name=row["name"],
-            kind=row["kind"],
-            status=row["status"],
-            start_offset_ms=row["start_offset_ms"],
-            duration_ms=row["duration_ms"],
-            attributes=loads(row["attributes"]),
-            input_data=loads(row["input_data"]),
-            output_data=loads(row["output_data"]),
-            events=loads(row["events"]),
+def _spans(db: sqlite3.Connection, run_id: str, extent: Extent) -> Iterator[Span]:
+    rows = db.execute(
+        "SELECT position, parent_position, name, kind, status, start_offset_ms, duration_ms,"
+        f" {extent.json('attributes', _OBJECT)}, {extent.json('input_data')}, {extent.json('output_data')},"
+        f" {extent.json('events', _LIST)} FROM spans WHERE run_id = ? ORDER BY position, seq LIMIT ?",
+        (run_id, extent.items),
+    )
+    for row in rows:
+        found: Any = dict(row)
+        for column in ("attributes", "input_data", "output_data", "events"):
+            found[column] = loads(found[column])
+        span: Span = found  # the columns of the statement above
+        yield span
+
+
+def _scores(db: sqlite3.Connection, run_id: str, extent: Extent) -> Iterator[Score]:
+    rows = db.execute(
+        "SELECT name, data_type, value, comment FROM scores WHERE run_id = ? ORDER BY seq LIMIT ?",
+        (run_id, extent.items),
+    )
+    for row in rows:
+        yield Score(
+            name=row["name"], data_type=row["data_type"], value=loads(row["value"]), comment=row["comment"]
         )
-        for row in rows
-    ]
-
-
-def _scores(db: sqlite3.Connection, run_id: str) -> list[Score]:
-    rows = db.execute("SELECT * FROM scores WHERE run_id = ? ORDER BY seq", (run_id,))
-    return [
-        Score(name=row["name"], data_type=row["data_type"], value=loads(row["value"]), comment=row["comment"])
-        for row in rows
-    ]

@@ -21,6 +21,7 @@ from .values import (
     moment,
     number,
     text,
+    words,
 )
 from .writes import CallMade, End, Start, Writer
 
@@ -121,14 +122,14 @@ def add_steps(request: RunRequest) -> dict[str, Any]:
 def add_spans(request: RunRequest) -> dict[str, Any]:
     """Store `spans`, and let those of kind `llm` tell what the calls do not."""
     for span in _objects(request.body, "spans"):
-        kind, parent = text(span.get("kind")), span.get("parent_position")
+        kind, parent = words(span.get("kind")), span.get("parent_position")
         row = {
             "matched": kind != "llm",
             "position": integer(span.get("position")),
             "parent_position": None if parent is None else integer(parent),
-            "name": text(span.get("name")),
+            "name": words(span.get("name")),
             "kind": kind,
-            "status": text(span.get("status")),
+            "status": words(span.get("status")),
             "start_offset_ms": number(span.get("start_offset_ms")),
             "duration_ms": amount(span.get("duration_ms")),
             "attributes": dumps(mapping(span.get("attributes"))),

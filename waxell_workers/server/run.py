@@ -17,6 +17,7 @@ import uvicorn
 from ..core.config import is_loopback
 from ..core.errors import ConfigError
 from .app import create_app
+from .connections import PatientProtocol
 from .store import Store
 
 DEFAULT_PORT = 4319
@@ -50,6 +51,11 @@ def serve(
     Raises:
         ConfigError: no key for an open address, or address, port or file cannot be used.
     """
+    if not (api_key.isascii() and api_key.isprintable()) or api_key != api_key.strip():
+        # not its value: it is a secret
+        raise ConfigError(
+            "api_key", "…", "expected printable ASCII without spaces at its ends: it is a header"
+        )
     loopback = is_loopback(_address(host, port))
     if not loopback and not api_key:
         raise ConfigError("host", host, "expected a loopback address, or an api_key beside it")
@@ -60,7 +66,7 @@ def serve(
         config = uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -1,7 +1,7 @@
 """Make what a client sent fit the database: never raise, never trust a type, a size or a sign.
 
 The REST protocol has no schema that a server could hold a client to, so a wrong value becomes an empty one
-here; ingest records have been checked before, and only their numbers need bounds.
+here; ingest records have been checked before, and only their sizes need bounds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ from typing import Any
 
 import msgspec
 
-_MAX_INT = 2**53
+MAX_INT = 2**53
+LONGEST_NAME = 1000
+"""Characters of what stands in lists and choices: names, ids, states."""
+LONGEST_LINE = 32_768
+"""Characters of an error."""
+LARGEST_MAPPING = 65_536
+"""Bytes of a run's metadata or tags: a list of runs reads them for each."""
+MAX_DEPTH = 100
+"""How deep lists and objects may be nested: beyond, what was stored could not be written out again."""
+
+_LARGEST_AMOUNT = 1e12
+"""Above any duration in milliseconds and any cost; a sum of many is still a number."""
+_LEFT_OUT = "not kept here"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
 _STATE = re.compile(r"[a-z][a-z_]{0,31}")
 
@@ -24,10 +36,15 @@ def text(value: object) -> str:
     return "" if value is None else dumps(value)
 
 
+def words(value: object) -> str:
+    """Return a name, an id, a state as text, no longer than one should be."""
+    return cut(text(value))
+
+
 def integer(value: object) -> int:
     """Return a whole number from 0 to 2**53; 0 for what is no number."""
     found = number(value)
-    return 0 if found is None else int(min(max(found, 0), _MAX_INT))
+    return 0 if found is None else int(min(max(found, 0), MAX_INT))
 
 
 def number(value: object) -> float | None:
@@ -42,15 +59,54 @@ def number(value: object) -> float | None:
 
 
 def amount(value: object) -> float | None:
-    """Return a finite number that is not below 0, or None: a duration, a cost."""
+    """Return a number from 0 to 1e12, or None: a duration, a cost."""
     found = number(value)
-    return None if found is None or found < 0 else found
+    return None if found is None or not 0 <= found <= _LARGEST_AMOUNT else found
 
 
 def moment(value: object, latest: float) -> float | None:
     """Return Unix seconds above 0 and not after `latest`, or None: milliseconds are not seconds."""
     found = number(value)
     return found if found is not None and 0 < found <= latest else None
+
+
+def cut(value: str, length: int = LONGEST_NAME) -> str:
+    """Return a text, cut at `length` characters, visibly."""
+    return value if len(value) <= length else f"{value[: length - 1]}…"
+
+
+def small(value: dict[str, Any]) -> str:
+    """Write a run's metadata or tags as JSON; what is beyond `LARGEST_MAPPING` is left out, visibly."""
+    whole = dumps(value)
+    if len(whole) <= LARGEST_MAPPING:
+        return whole
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    room = LARGEST_MAPPING - 2 * LONGEST_NAME
+    for name, item in value.items():
+        size = len(dumps({name: item}))
+        if size > room:
+            left_out.append(name)
+        else:
+            kept[name] = item
+            room -= size
+    return dumps(kept | {_LEFT_OUT: cut(f"{len(left_out)} too large: {', '.join(left_out[:20])}")})
+
+
+def too_deep(value: object) -> bool:
+    """Tell whether lists and objects are nested deeper than `MAX_DEPTH`."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner.extend(item for item in each.values() if isinstance(item, (dict, list)))
+            elif isinstance(each, list):
+                inner.extend(item for item in each if isinstance(item, (dict, list)))
+        if not inner:
+            return False
+        level = inner
+    return True
 
 
 def mapping(value: object) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 A run that is not known yet gets a placeholder, which its start fills in later. The first end of a run counts.
 Nothing here commits: `Store.write` does, or takes everything back.
+
+What lists show is cut to a size that a list can bear, and sums stay numbers that a database holds, so that no
+record, however large, spoils the page of all runs. What only the run itself shows is kept whole.
 """
 
 from __future__ import annotations
@@ -11,7 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .model import LATEST, RUNNING
-from .values import amount, dumps, integer, loads, mapping, moment, text
+from .values import (
+    LONGEST_LINE,
+    MAX_INT,
+    amount,
+    cut,
+    dumps,
+    integer,
+    loads,
+    mapping,
+    moment,
+    small,
+    words,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +116,18 @@ class Writer:
             " inputs = ?, metadata = ?, session_id = ?, user_id = ?, task_id = ?, parent_run_id = ?,"
             " root_run_id = ?, trace_id = coalesce(nullif(trace_id, ''), ?) WHERE run_id = ?",
             (
-                start.agent_name,
-                start.workflow_name,
+                cut(start.agent_name),
+                cut(start.workflow_name),
                 start.started_at,
                 start.source,
                 dumps(start.inputs),
-                dumps(metadata),
-                start.session_id,
-                start.user_id,
+                small(metadata),
+                cut(start.session_id),
+                cut(start.user_id),
                 _task_id(metadata),
-                start.parent_run_id,
-                start.root_run_id,
-                start.trace_id,
+                cut(start.parent_run_id),
+                cut(start.root_run_id),
+                cut(start.trace_id),
                 run_id,
             ),
         )
@@ -127,10 +142,10 @@ class Writer:
                 end.status,
                 end.ended_at,
                 amount(end.duration_ms),
-                end.error,
+                cut(end.error, LONGEST_LINE),
                 end.traceback,
                 dumps(end.result),
-                end.trace_id,
+                cut(end.trace_id),
                 run_id,
                 RUNNING,
             ),
@@ -158,7 +173,7 @@ class Writer:
         merged = loads(row["metadata"]) | metadata
         self._db.execute(
             "UPDATE runs SET tags = ?, metadata = ?, task_id = ? WHERE run_id = ?",
-            (dumps(loads(row["tags"]) | tags), dumps(merged), _task_id(merged), run_id),
+            (small(loads(row["tags"]) | tags), small(merged), _task_id(merged), run_id),
         )
 
     def call(self, run_id: str, call: CallMade) -> None:
@@ -166,13 +181,13 @@ class Writer:
         tokens_in, tokens_out, cost = integer(call.tokens_in), integer(call.tokens_out), amount(call.cost_usd)
         row = {
             "run_id": run_id,
-            "call_id": call.call_id,
-            "model": call.model,
-            "response_model": call.response_model,
-            "provider": call.provider,
-            "operation": call.operation,
-            "status": call.status,
-            "error": call.error,
+            "call_id": cut(call.call_id),
+            "model": cut(call.model),
+            "response_model": cut(call.response_model),
+            "provider": cut(call.provider),
+            "operation": cut(call.operation),
+            "status": cut(call.status),
+            "error": cut(call.error, LONGEST_LINE),
             "started_at": call.started_at,
             "duration_ms": amount(call.duration_ms),
             "ttft_ms": amount(call.ttft_ms),
@@ -187,14 +202,15 @@ class Writer:
         }
         self._insert("calls", row)
         self._db.execute(
-            "UPDATE runs SET calls = calls + 1, tokens_in = tokens_in + ?, tokens_out = tokens_out + ?,"
+            "UPDATE runs SET calls = calls + 1, tokens_in = min(tokens_in + ?, ?),"
+            " tokens_out = min(tokens_out + ?, ?),"
             " cost_usd = coalesce(cost_usd + ?, cost_usd, ?) WHERE run_id = ?",
-            (tokens_in, tokens_out, cost, cost, run_id),
+            (tokens_in, MAX_INT, tokens_out, MAX_INT, cost, cost, run_id),
         )
 
     def step(self, run_id: str, *, name: str, output: object, position: int, at: float) -> None:
         """Store a step."""
-        row = {"name": name, "output": dumps(output), "position": integer(position), "at": at}
+        row = {"name": cut(name), "output": dumps(output), "position": integer(position), "at": at}
         self._insert("steps", {"run_id": run_id} | row)
 
     def span(self, run_id: str, row: dict[str, Any]) -> None:
@@ -205,7 +221,13 @@ class Writer:
         self, run_id: str, *, name: str, data_type: str, value: float | str | None, comment: str
     ) -> None:
         """Store a score."""
-        row = {"name": name, "data_type": data_type, "value": dumps(value), "comment": comment}
+        kept = cut(value, LONGEST_LINE) if isinstance(value, str) else value
+        row = {
+            "name": cut(name),
+            "data_type": cut(data_type),
+            "value": dumps(kept),
+            "comment": cut(comment, LONGEST_LINE),
+        }
         self._insert("scores", {"run_id": run_id} | row)
 
     def match_spans(self, run_id: str) -> None:
@@ -226,7 +248,7 @@ class Writer:
                 " AND tokens_in = ? AND tokens_out = ? ORDER BY seq LIMIT 1",
                 (
                     run_id,
-                    text(facts.get("model")),
+                    words(facts.get("model")),
                     integer(facts.get("tokens_in")),
                     integer(facts.get("tokens_out")),
                 ),
@@ -259,13 +281,13 @@ class Writer:
         if facts.get("gen_ai.is_streaming") is True:
             metadata["streamed"] = True
         told = {
-            "call_id": text(facts.get("waxell.call_id")),
+            "call_id": words(facts.get("waxell.call_id")),
             "started_at": moment(facts.get("waxell.started_at"), LATEST),
             "duration_ms": amount(facts.get("waxell.duration_ms")) or duration_ms,
             "ttft_ms": amount(facts.get("gen_ai.server.time_to_first_token_ms")),
-            "provider": text(facts.get("gen_ai.provider.name")),
-            "operation": text(facts.get("gen_ai.operation.name")),
-            "response_model": text(facts.get("gen_ai.response.model")),
+            "provider": words(facts.get("gen_ai.provider.name")),
+            "operation": words(facts.get("gen_ai.operation.name")),
+            "response_model": words(facts.get("gen_ai.response.model")),
             "tokens_cached": integer(facts.get("waxell.tokens_cached")),
             "tokens_reasoning": integer(facts.get("waxell.tokens_reasoning")),
             "metadata": dumps(metadata),
@@ -284,4 +306,4 @@ class Writer:
 
 def _task_id(metadata: dict[str, Any]) -> str:
     found = metadata.get("task_id")
-    return found if isinstance(found, str) else ""
+    return cut(found) if isinstance(found, str) else ""
