@@ -1,4 +1,5 @@
-"""Doing what needs room on a disk that may be full: first as it is, then at the price of the reserve.
+"""Doing what needs room on a disk that may be full: first as it is, then at the price of the reserve. And
+telling the troubles of a disk that pass, which are waited for.
 
 For the shipper alone. Without that, a full disk would stop what empties it: not even the ledger could be
 opened, so that nothing could be delivered, and nothing deleted.
@@ -19,6 +20,11 @@ logger = logging.getLogger("waxell_workers.shipper")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SQLITE_NO_ROOM = ("database or disk is full", "disk I/O error")
 """SQLite's words for `ENOSPC`; and for a quota, or where it finds no room for its shared memory."""
+_PASSING = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBUSY),
+)
+"""What an administrator mends, or another process: a disk that was mounted read-only, a right, a limit."""
 _R = TypeVar("_R")
 
 
@@ -38,3 +44,14 @@ def is_lack_of_room(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _NO_ROOM
     return isinstance(error, sqlite3.OperationalError) and str(error) in _SQLITE_NO_ROOM
+
+
+def is_passing(error: Exception) -> bool:
+    """True if what went wrong with the disk may go away by itself, or by somebody else's hand.
+
+    With SQLite that is all but damage: `OperationalError` is its word for a file that it cannot open, write or
+    lock. That the directory is gone does not pass: a new one has a new shipper.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (*_NO_ROOM, *_PASSING)
+    return isinstance(error, sqlite3.OperationalError)

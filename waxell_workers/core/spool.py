@@ -87,6 +87,11 @@ def _is_ours(path: str) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
+def is_writable(directory: str) -> bool:
+    """True if files can be made in a directory, as far as rights and the mount say."""
+    return os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
 def written_since(settings: Settings, moment: float) -> bool:
     """True if somebody has written to the journal since `moment` (Unix time); creates nothing."""
     for root in candidates(settings):
@@ -136,7 +141,7 @@ def _make_private(path: str) -> None:
         raise SpoolUnavailable(f"{path} belongs to another user")
     if stat.S_IMODE(status.st_mode) & 0o077:
         os.chmod(path, 0o700)
-    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not is_writable(path):
         raise SpoolUnavailable(f"{path} cannot be written to")
 
 
