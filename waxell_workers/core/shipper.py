@@ -31,7 +31,7 @@ from .listener import Listener, Waiter
 from .liveness import Procs, ship_lock
 from .reader import Entry, NewerJournal, Reader
 from .records import Record, RunStarted
-from .room import is_lack_of_room, with_room
+from .room import is_lack_of_room, is_passing, with_room
 from .segments import FIRST_LINE
 from .tracking import Tracker, unknown
 from .values import EXPORTERS
@@ -106,6 +106,7 @@ class Shipper:
         self._last_attempt = 0.0
         self._tidied_at = time.monotonic()
         self._warned = ""
+        self._waits_for = ""
         self.delivered = 0
         self.rejected = 0
         self.unreadable = False
@@ -134,12 +135,14 @@ class Shipper:
         return True
 
     def _ship(self) -> None:
-        """Ship from here; a full disk is waited for, with the lock held: another one could do no more."""
+        """Ship from here; a full disk is waited for, or one that is read-only for a while, with the lock held:
+        another shipper could do no more.
+        """
         while True:
             try:
                 self._ship_while_there_is_room()
             except (OSError, sqlite3.Error) as error:
-                if not is_lack_of_room(error) or not self._wait_for_room(error):
+                if not is_passing(error) or not self._wait_for_room(error):
                     raise
             else:
                 return
@@ -164,7 +167,9 @@ class Shipper:
 
         Without one, what is delivered could not be written down, and would be delivered again.
         """
-        logger.error("no room to ship from %s (%s): everything is kept", self._directory, error)
+        if str(error) != self._waits_for:  # looked for once a second: told once
+            logger.error("no room to ship from %s (%s): everything is kept", self._directory, error)
+        self._waits_for = str(error)
         procs = Procs(self._directory)
         last_alive = time.monotonic()
         while self._stop_by is None and not (self._stay and self._terminated):
