@@ -1,4 +1,7 @@
-"""Runs as tables for people. A terminal's width decides what is cut; `--json` cuts nothing."""
+"""Runs as tables for people. A terminal's width decides what is cut; `--json` cuts nothing.
+
+Whatever a run tells is data here: never rich's markup, never a terminal's commands (`plain`).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from .plain import plain, plain_line
 
 if TYPE_CHECKING:
     from ..server.model import Call, RunDetail, RunSummary
@@ -40,9 +45,9 @@ def runs_table(runs: Sequence[RunSummary]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
-            run["run_id"][:digits],
-            clock(run["started_at"]),
-            escape(run["agent_name"]) + (f"\n[red]{escape(run['error'])}[/]" if run["error"] else ""),
+            Text(plain_line(run["run_id"][:digits])),
+            Text(plain_line(clock(run["started_at"]))),
+            _task(run),
             coloured(run["status"]),
             milliseconds(run["duration_ms"]),
             str(run["calls"]),
@@ -50,6 +55,14 @@ def runs_table(runs: Sequence[RunSummary]) -> None:
             dollars(run["cost_usd"]),
         )
     console().print(table)
+
+
+def _task(run: RunSummary) -> Text:
+    """Return the task's name; below it, its error, in lines that begin with a bar: none passes for a row."""
+    lines = plain(run["error"]).splitlines()
+    return Text("\n").join(
+        [Text(plain_line(run["agent_name"])), *(Text(f"| {line}", "red") for line in lines)]
+    )
 
 
 def unique_digits(run_ids: Sequence[str]) -> int:
@@ -63,23 +76,24 @@ def unique_digits(run_ids: Sequence[str]) -> int:
 def run_panel(run: RunDetail) -> None:
     """Print one run with its calls on stdout."""
     out = console()
-    out.print(f"[bold]{escape(run['agent_name'])}[/]  {coloured(run['status'])}  {run['run_id']}")
+    name, run_id = plain_line(run["agent_name"]), plain_line(run["run_id"])
+    out.print(Text.assemble((name, "bold"), "  ", coloured(run["status"]), f"  {run_id}"))
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    facts.add_row("workflow", escape(run["workflow_name"]))
-    facts.add_row("started", run["started_at"])
+    facts.add_row("workflow", Text(plain_line(run["workflow_name"])))
+    facts.add_row("started", Text(plain_line(run["started_at"])))
     facts.add_row("time", milliseconds(run["duration_ms"]))
     facts.add_row("tokens", f"{run['tokens_in']:,} in, {run['tokens_out']:,} out")
     facts.add_row("cost", dollars(run["cost_usd"]))
     for name, value in sorted(run["metadata"].items()):
-        facts.add_row(escape(str(name)), escape(str(value)))
+        facts.add_row(Text(plain_line(name)), Text(plain_line(value)))
     if run["error"]:
-        facts.add_row("error", escape(run["error"]))
+        facts.add_row("error", Text(plain(run["error"])))
     out.print(facts)
     out.print(calls_table(run["calls"]))
     if run["traceback"]:
-        out.print(run["traceback"], markup=False, highlight=False)
+        out.print(Text(plain(run["traceback"])), highlight=False)
 
 
 def calls_table(calls: Sequence[Call]) -> Table:
@@ -94,14 +108,14 @@ def calls_table(calls: Sequence[Call]) -> Table:
     table.add_column("error")
     for call in calls:
         table.add_row(
-            escape(call["model"]),
-            escape(call["operation"]),
+            Text(plain_line(call["model"])),
+            Text(plain_line(call["operation"])),
             coloured(call["status"]),
             milliseconds(call["duration_ms"]),
             f"{call['tokens_in']:,}",
             f"{call['tokens_out']:,}",
             dollars(call["cost_usd"]),
-            escape(call["error"]),
+            Text(plain(call["error"])),
         )
     return table
 
@@ -112,10 +126,9 @@ def console() -> Console:
     return Console(width=None if known else WIDTH)
 
 
-def coloured(status: str) -> str:
-    """Return a status in its colour, as rich markup."""
-    colour = COLOURS.get(status)
-    return f"[{colour}]{escape(status)}[/]" if colour else escape(status)
+def coloured(status: str) -> Text:
+    """Return a status in its colour."""
+    return Text(plain_line(status), COLOURS.get(status, ""))
 
 
 def clock(started_at: str) -> str:

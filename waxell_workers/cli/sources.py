@@ -1,21 +1,35 @@
-"""Where `waxell-workers runs` reads: a server's JSON API, or a database file without any server."""
+"""Where `waxell-workers runs` reads: a server's JSON API, or a database file without any server.
+
+An address may lead to anything: what answers there is read within a limit and held to the shape that is expected.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+from urllib.parse import quote
 
 import click
+
+from ..server.model import RunDetail, RunSummary, Stats
+from .plain import plain_line
 
 if TYPE_CHECKING:
     import httpx
 
-    from ..server.model import RunDetail, RunSummary, Stats
-
+LARGEST_ANSWER = 256 * 1024 * 1024
+"""Bytes of an answer that is read."""
 SEARCHED = 1000
 """How many of the newest runs the beginning of an id is looked for in."""
+
+
+_Answer = TypeVar("_Answer")
+
+
+class _Runs(TypedDict):
+    runs: list[RunSummary]
 
 
 class Source(Protocol):
@@ -39,33 +53,47 @@ class ServerSource:
     def runs(self, limit: int, agent: str = "", status: str = "", before: str = "") -> list[RunSummary]:
         """List runs, newest first; only those older than the run `before`, if one is named."""
         wanted = {"limit": str(limit), "agent": agent, "status": status, "before": before}
-        found = self._get("/api/runs", wanted)
+        found = self._get("/api/runs", wanted, _Runs)
         if found is None:
             raise click.ClickException(f"{self._client.base_url}: no server of waxell-workers")
-        return cast("list[RunSummary]", found["runs"])
+        return found["runs"]
 
     def run(self, run_id: str) -> RunDetail | None:
         """Return one run with its calls, or None."""
-        return cast("RunDetail | None", self._get(f"/api/runs/{run_id}", {}))
+        return self._get(f"/api/runs/{quote(run_id, safe='')}", {}, RunDetail)
 
-    def stats(self) -> Stats:
+    def stats(self) -> Stats | None:
         """Return the server's figures."""
-        return cast("Stats", self._get("/api/stats", {}))
+        return self._get("/api/stats", {}, Stats)
 
-    def _get(self, path: str, parameters: dict[str, str]) -> Any:
+    def _get(self, path: str, parameters: dict[str, str], shape: type[_Answer]) -> _Answer | None:
         import httpx
+        import msgspec
 
         given = {name: value for name, value in parameters.items() if value}
         try:
-            answer = self._client.get(path, params=given)
-            if answer.status_code == httpx.codes.NOT_FOUND:
-                return None
-            answer.raise_for_status()
-            return answer.json()
+            with self._client.stream("GET", path, params=given) as answer:
+                if answer.status_code == httpx.codes.NOT_FOUND:
+                    return None
+                answer.raise_for_status()
+                return msgspec.json.decode(_read(answer), type=shape)
         except httpx.HTTPStatusError as error:
-            raise click.ClickException(f"{error.request.url}: {error.response.status_code}") from error
-        except (httpx.HTTPError, ValueError) as error:
-            raise click.ClickException(f"{self._client.base_url}: {error}") from error
+            message = f"{error.request.url}: {error.response.status_code}"
+            raise click.ClickException(plain_line(message)) from error
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            message = f"{self._client.base_url}: this is no answer of waxell-workers serve ({error})"
+            raise click.ClickException(plain_line(message)) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise click.ClickException(plain_line(f"{self._client.base_url}: {error}")) from error
+
+
+def _read(answer: httpx.Response) -> bytes:
+    body = bytearray()
+    for part in answer.iter_bytes():
+        body += part
+        if len(body) > LARGEST_ANSWER:
+            raise click.ClickException(f"{answer.url}: the answer is larger than {LARGEST_ANSWER:,} bytes")
+    return bytes(body)
 
 
 @contextmanager
@@ -101,7 +129,9 @@ def find(source: Source, run_id: str) -> RunDetail:
         return exact
     matches = [run["run_id"] for run in source.runs(SEARCHED) if run["run_id"].startswith(run_id)]
     if len(matches) > 1:
-        raise click.ClickException(f"{len(matches)} runs begin with {run_id}: {', '.join(matches[:5])} …")
+        raise click.ClickException(
+            plain_line(f"{len(matches)} runs begin with {run_id}: {', '.join(matches[:5])} …")
+        )
     found = source.run(matches[0]) if matches else None
     if found is None:
         raise click.ClickException(f"no run begins with {run_id}, among the newest {SEARCHED}")

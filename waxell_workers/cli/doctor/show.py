@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import show as tables
+from ..plain import plain
 from .findings import Finding
 
 _MARKS = {"ok": "✓", "info": "·", "warn": "!", "fail": "✗"}
@@ -46,7 +47,7 @@ def _row(out: Console, finding: Finding) -> Table:
 
 
 def _encodable(out: Console, text: str) -> str:
-    return text.encode(out.encoding, "replace").decode(out.encoding)
+    return plain(text).encode(out.encoding, "replace").decode(out.encoding)
 
 
 def _sum(count: Counter[str]) -> Text:
