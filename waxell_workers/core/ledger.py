@@ -36,8 +36,7 @@ CREATE TABLE IF NOT EXISTS runs (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owner (one INTEGER PRIMARY KEY CHECK (one = 1), destination TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS runs_ended ON runs (ended_at);
-CREATE TABLE IF NOT EXISTS in_hand (one INTEGER PRIMARY KEY CHECK (one = 1), ids TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS deaths (id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS deaths (id TEXT PRIMARY KEY, times INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = 1;
 """  # noqa: E501
 _VERSION = 1
@@ -181,7 +180,6 @@ class Ledger:
     ) -> None:
         scarce = not reserve.is_kept(self._directory)
         with self._db:
-            self._db.execute("DELETE FROM in_hand")
             self._db.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?, ?, ?)", place)
             self._db.executemany("INSERT OR IGNORE INTO acknowledged VALUES (?)", above)
             self._db.executemany("DELETE FROM acknowledged WHERE id = ?", gone)
@@ -202,38 +200,19 @@ class Ledger:
         oldest = "SELECT max(number) - ? FROM recent"
         self._db.execute(f"DELETE FROM recent WHERE number <= ({oldest})", (_REMEMBERED,))
 
-    def take_in_hand(self, ids: Sequence[str]) -> None:
-        """Note which records are about to go out, until the next commit; not on a disk that is full."""
-        if reserve.is_kept(self._directory):
-            with_room(self._directory, lambda: self._note_in_hand("\n".join(ids)))
+    def count_death(self, record_id: str) -> None:
+        """Count that a shipper died with this record, and no other, in hand."""
+        with_room(self._directory, lambda: self._count_death(record_id))
 
-    def _note_in_hand(self, ids: str) -> None:
+    def _count_death(self, record_id: str) -> None:
+        count = "INSERT INTO deaths VALUES (?, 1, ?) ON CONFLICT (id) DO UPDATE SET times = times + 1, at = ?"
+        now = time.time()
         with self._db:
-            self._db.execute("INSERT OR REPLACE INTO in_hand VALUES (1, ?)", (ids,))
+            self._db.execute(count, (record_id, now, now))
 
-    def put_down(self) -> None:
-        """Note that nothing is in hand."""
-        with suppress(sqlite3.Error), self._db:
-            self._db.execute("DELETE FROM in_hand")
-
-    def found_in_hand(self) -> list[str]:
-        """Return what the last shipper had in hand when it died; if it was one record, count that death."""
-        row = self._db.execute("SELECT ids FROM in_hand").fetchone()
-        ids: list[str] = row[0].split("\n") if row else []
-        if ids:
-            with_room(self._directory, lambda: self._count_death(ids))
-        return ids
-
-    def _count_death(self, ids: Sequence[str]) -> None:
-        with self._db:
-            self._db.execute("DELETE FROM in_hand")
-            if len(ids) == 1:
-                count = "INSERT INTO deaths VALUES (?, 1) ON CONFLICT (id) DO UPDATE SET times = times + 1"
-                self._db.execute(count, (ids[0],))
-
-    def deaths(self) -> dict[str, int]:
-        """Return at how many deaths a record was alone in hand, for those with any."""
-        return dict(self._db.execute("SELECT id, times FROM deaths").fetchall())
+    def deaths(self) -> dict[str, tuple[int, float]]:
+        """Return at how many deaths a record was alone in hand, and when the last one was found."""
+        return {row[0]: (row[1], row[2]) for row in self._db.execute("SELECT id, times, at FROM deaths")}
 
     def forget_deaths(self, ids: Iterable[str]) -> None:
         """Hold nothing against these records any more: they have gone."""

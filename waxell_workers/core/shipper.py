@@ -224,7 +224,8 @@ class Shipper:
         self._closing.callback(self._reader.close)
         self._closing.callback(self._sweeper.close)
         self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs, adopted=not at_home)
-        self._caution = Caution(self._ledger)
+        self._caution = Caution(self._directory, self._ledger)
+        self._closing.callback(self._caution.close)
         self._exporter = load_exporter(self._settings)
         self._closing.callback(self._exporter.close)
         self._opened = True
@@ -402,7 +403,7 @@ class Shipper:
             if fatal := self._caution.given_up(taken):
                 self._give_up(fatal)
                 continue
-            taken = self._caution.choose(taken, hurry=self._stop_by is not None)
+            taken = self._caution.choose(taken)
             if not taken:
                 return
             self._caution.take_in_hand(taken)
@@ -473,6 +474,7 @@ class Shipper:
                 left.append(run_id)
         self._tracker.commit(done)
         self._tracker.delete_finished_segments()
+        self._caution.put_down()
         self._caution.survived(done)
         return done, left
 
