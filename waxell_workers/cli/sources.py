@@ -1,6 +1,7 @@
 """Where `waxell-workers runs` reads: a server's JSON API, or a database file without any server.
 
-An address may lead to anything: what answers there is read within a limit and held to the shape that is expected.
+An address may lead to anything: what answers there is read within a limit, and must have the shape that is
+expected.
 """
 
 from __future__ import annotations
@@ -55,16 +56,22 @@ class ServerSource:
         wanted = {"limit": str(limit), "agent": agent, "status": status, "before": before}
         found = self._get("/api/runs", wanted, _Runs)
         if found is None:
-            raise click.ClickException(f"{self._client.base_url}: no server of waxell-workers")
+            raise self._stranger()
         return found["runs"]
 
     def run(self, run_id: str) -> RunDetail | None:
         """Return one run with its calls, or None."""
         return self._get(f"/api/runs/{quote(run_id, safe='')}", {}, RunDetail)
 
-    def stats(self) -> Stats | None:
+    def stats(self) -> Stats:
         """Return the server's figures."""
-        return self._get("/api/stats", {}, Stats)
+        found = self._get("/api/stats", {}, Stats)
+        if found is None:
+            raise self._stranger()
+        return found
+
+    def _stranger(self) -> click.ClickException:
+        return click.ClickException(f"{self._client.base_url}: no server of waxell-workers")
 
     def _get(self, path: str, parameters: dict[str, str], shape: type[_Answer]) -> _Answer | None:
         import httpx
