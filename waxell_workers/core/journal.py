@@ -212,7 +212,7 @@ class Journal:
 
     def _open_highest(self) -> _Segment:
         directory = self.open()
-        limit = spool.limit(self._settings, directory)
+        share = spool.share(self._settings, directory)
         for _ in range(_MOVES):
             numbers = segment_numbers(directory)
             if not numbers:
@@ -228,7 +228,7 @@ class Journal:
             if is_sealed(segment.descriptor):  # or written by a version that knows no seal
                 create_segment(directory, numbers[-1] + 1)
                 continue
-            segment.room = limit - (spool.used(directory) - segment.offset)
+            segment.room = share - (spool.used_here(directory) - segment.offset)
             return segment
         raise OSError(errno.EAGAIN, "no segment stays open long enough")
 

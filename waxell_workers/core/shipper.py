@@ -290,7 +290,7 @@ class Shipper:
             self._sleep()
 
     def _sleep(self) -> None:
-        if self._progressed and self._known >= self._settings.flush_max_records:
+        if self._progressed and (not self._read_all or self._known >= self._settings.flush_max_records):
             return
         wait = _POLL_S
         if self._stop_by is not None:
@@ -326,13 +326,13 @@ class Shipper:
         if self._reader.end().offset >= self._segment_bytes:
             self._rotate()
         self._tidy()
+        if self._stop_by is None:
+            self._sweeper.go_on()
         self._report()
 
     def _rotate(self) -> None:
         try:
             with_room(self._directory, self._reader.rotate)
-        if self._stop_by is None:
-            self._sweeper.go_on()
         except OSError as error:
             if not is_lack_of_room(error):
                 raise  # else in a later round: delivering goes on without
@@ -344,7 +344,7 @@ class Shipper:
     def _read(self) -> None:
         self._reader.follow()
         self._read_all = False
-        while not self._window.is_full(self._tracker.loose):
+        while not self._window.is_full(self._tracker.loose, self._tracker.loose_bytes):
             entries = self._reader.read()
             if not entries:
                 self._read_all = True

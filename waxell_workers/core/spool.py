@@ -114,10 +114,28 @@ def limit(settings: Settings, directory: str) -> int:
     return min(most, (space.f_bavail * space.f_frsize + used(directory)) // 10)
 
 
+def share(settings: Settings, directory: str) -> int:
+    """Return the most that one destination may hold, in bytes: seven eighths of what the others leave.
+
+    So a destination whose server is down, or whose key is no longer taken, never has all of the limit.
+    """
+    others = used(directory) - used_here(directory)
+    return (limit(settings, directory) - others) * 7 // 8
+
+
 def used(directory: str) -> int:
     """Return the bytes of all segments, of this destination and those beside it."""
+    return _bytes_below(os.path.dirname(directory))
+
+
+def used_here(directory: str) -> int:
+    """Return the bytes of this destination's segments."""
+    return _bytes_below(directory)
+
+
+def _bytes_below(path: str) -> int:
     total = 0
-    for parent, _, names in os.walk(os.path.dirname(directory)):
+    for parent, _, names in os.walk(path):
         for name in names:
             if not name[:1].isdecimal():
                 continue

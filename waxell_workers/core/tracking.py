@@ -236,6 +236,11 @@ class Tracker:
         """Calls outside any run that wait to be grouped."""
         return sum(len(entries) for entries in self._loose.values())
 
+    @property
+    def loose_bytes(self) -> int:
+        """The length of their lines."""
+        return sum(entry.size for entries in self._loose.values() for entry in entries)
+
     def group_loose(self) -> None:
         """Put the calls outside any run into one run a model, named `auto:{model}`."""
         loose, self._loose = self._loose, {}

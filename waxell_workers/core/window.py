@@ -1,7 +1,8 @@
 """The records between the journal and the server: read, not yet all acknowledged.
 
 A queue per run, so that a run that fails holds up no other; and the order of the journal, so that the cursor
-moves over what has arrived and stops at what has not. Bounded by `MOST_ENTRIES`, not by the backlog.
+moves over what has arrived and stops at what has not. Bounded by `MOST_ENTRIES` and `_MOST_BYTES`, not by
+the backlog.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .records import Record
 from .segments import Position
 
 MOST_ENTRIES = 4_096
+_MOST_BYTES = 16 << 20
+_MOST_TAKEN_BYTES = 4 << 20
 _MOST_PASSED = 100_000
 _BACKOFF_FIRST_S = 0.5
 _BACKOFF_MOST_S = 15.0
@@ -57,13 +60,18 @@ class Window:
         """Records that have not arrived."""
         self.pending_bytes = 0
 
-    def is_full(self, waiting: int) -> bool:
+    def is_full(self, waiting: int, waiting_bytes: int) -> bool:
         """True if nothing more should be read for now.
 
         Args:
             waiting: records that are read, and stand in no run's queue yet.
+            waiting_bytes: the length of their lines.
         """
-        return self.pending + waiting >= MOST_ENTRIES or len(self._order) >= _MOST_PASSED
+        return (
+            self.pending + waiting >= MOST_ENTRIES
+            or self.pending_bytes + waiting_bytes >= _MOST_BYTES
+            or len(self._order) >= _MOST_PASSED
+        )
 
     def add(self, run_id: str, entry: Entry, record: Record, *, first: bool = False) -> None:
         """Put a record into its run's queue.
@@ -93,16 +101,19 @@ class Window:
         return not self._order
 
     def take(self, most: int) -> dict[str, list[Entry]]:
-        """Return up to `most` records that may be sent now, by run, each run's in order."""
+        """Return up to `most` records that may be sent now, by run and in order; fewer if they are large."""
         now = time.monotonic()
         taken: dict[str, list[Entry]] = {}
+        room = _MOST_TAKEN_BYTES
         for run_id, queue in self._queues.items():
-            if most <= 0:
-                break
             if queue.backoff.until > now:
                 continue
-            taken[run_id] = [entry for _, entry in zip(range(most), queue.entries, strict=False)]
-            most -= len(taken[run_id])
+            for entry in queue.entries:
+                if most <= 0 or room <= 0:
+                    return taken
+                taken.setdefault(run_id, []).append(entry)
+                most -= 1
+                room -= entry.size
         return taken
 
     def arrived(self, run_id: str, ids: set[str]) -> list[Entry]:
