@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from waxell_workers.testing.conformance.faults import FaultyHTTP, Request
 
 OBSERVE = "/api/v1/observe/"
 INGEST = "/api/v1/observe/ingest/"
+_HANDSHAKE_S = 10.0
 
 
 @dataclass
@@ -88,6 +90,10 @@ class FaultyServer(FaultyHTTP):
         self.connections = 0
         """How many were accepted, whatever came of them."""
         self.violations: list[str] = []
+        self.tls: ssl.SSLContext | None = None
+        """Speak TLS; handshakes that fail are counted as `fired["tls"]`."""
+        self.deaf = False
+        """Accept connections and read nothing of them, until `listens()`; counted as `fired["deaf"]`."""
         self._gone: set[str] = set()
 
     @property
@@ -105,7 +111,25 @@ class FaultyServer(FaultyHTTP):
     def _serve(self, connection: socket.socket, address: Any) -> None:
         with self._changed:
             self.connections += 1
+            if self.deaf:
+                self.fired["deaf"] += 1
+                self._changed.wait_for(lambda: not self.deaf)
+        if self.tls is not None:
+            connection.settimeout(_HANDSHAKE_S)
+            try:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            except OSError:
+                with self._changed:
+                    self.fired["tls"] += 1
+                connection.close()
+                return
         super()._serve(connection, address)
+
+    def listens(self) -> None:
+        """Read again what comes."""
+        with self._changed:
+            self.deaf = False
+            self._changed.notify_all()
 
     def answer(self, request: Request) -> tuple[int, Any]:
         """Answer as WIRE says, or note a violation."""

@@ -217,7 +217,7 @@ def _read_content(response: httpx.Response, content: bytearray, total: float) ->
 
 
 def _is_page(response: httpx.Response, content: bytearray) -> bool:
-    """True for HTML: then it was no API that answered, but a login page or a proxy, and nobody took anything."""
+    """True for HTML: then no API has answered, but a login page or a proxy, and nobody took anything."""
     return "html" in response.headers.get("content-type", "").lower() or content.lstrip()[:1] == b"<"
 
 
