@@ -123,6 +123,14 @@ def check_shipper(situation: Situation) -> Findings:
 
 
 def _alive(situation: Situation, survey: Survey) -> Finding:
+    if survey.shipper and _is_stopped(survey.shipper.pid):
+        pid = survey.shipper.pid
+        return Finding(
+            SHIPPER,
+            "fail",
+            f"process {pid} is stopped (SIGSTOP, or a debugger): it delivers nothing, and keeps others from it",
+            f"kill -CONT {pid}; or kill -KILL {pid}, and a worker starts another",
+        )
     if survey.shipper:
         return Finding(SHIPPER, "ok", f"alive, process {survey.shipper.pid or 'of another pid namespace'}")
     if not survey.pending:
@@ -132,6 +140,15 @@ def _alive(situation: Situation, survey: Survey) -> Finding:
     else:
         advice = f"start a worker, which starts one; or run {_DRAIN}"
     return Finding(SHIPPER, "warn", "none runs, and records wait", advice)
+
+
+def _is_stopped(pid: int) -> bool:
+    """True if a process is stopped or traced; False where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
 
 
 def _writers(survey: Survey) -> str:
