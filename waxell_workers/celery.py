@@ -8,7 +8,7 @@ In a process that is no worker (a web server, beat, a shell) it only adds header
 
 Celery swallows and logs what a signal handler raises, so that nothing here guards against it; the handlers
 are short, since a soft time limit that surfaces in one is lost to the task. What the handler had to do is
-not: those of a task are connected twice, and the second call finds nothing to do, or what an interrupt has left.
+not: those of a task are connected twice, and the second call does what an interrupt has left, if it has.
 """
 
 from __future__ import annotations

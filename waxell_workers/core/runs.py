@@ -208,8 +208,12 @@ class Run:
         }
 
     def enter(self) -> None:
-        """Make this run current here."""
-        self._outer = _current.get()
+        """Make this run current here; once more after an interrupt, too."""
+        outer = inner = _current.get()
+        while inner is not None and inner is not self:
+            inner = inner._outer
+        if inner is None:  # else it is entered already: a run that is its own outer one would have no way out
+            self._outer = outer
         self._left = False
         _current.set(self)
 
