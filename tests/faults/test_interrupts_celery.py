@@ -8,7 +8,6 @@ calls, where it must arrive.
 from __future__ import annotations
 
 import logging
-import signal
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -18,7 +17,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from celery.app.trace import build_tracer
 
 import waxell_workers
-import waxell_workers.celery  # noqa: F401
+import waxell_workers.celery
 from tests.faults.interrupting import KINDS, Interrupt, armed, left_behind, locked, open_runs, sweep
 from tests.torture import effort, found
 from waxell_workers import WaxellContext, get_context
@@ -84,9 +83,9 @@ def refuse() -> None:
 def test_a_soft_time_limit_anywhere_in_our_code(
     app: celery.Celery, body: Callable[[], None], end: str
 ) -> None:
-    """Given a task, when its soft time limit surfaces at any instruction of ours, then it reaches the task, or
-    Celery has swallowed it in a signal and the task ends as it would have; either way it is one run, with one
-    end that agrees with Celery's, and nothing of it is open or current afterwards."""
+    """Given a task, when its soft time limit surfaces at any instruction of ours, then it reaches the task,
+    or Celery has swallowed it in a signal and the task ends as it would have; either way it is one run, with
+    one end that agrees with Celery's, and nothing of it is open or current afterwards."""
     task = Traced(app, body)
     reached = swallowed = 0
     ends: dict[str, str] = {}
@@ -104,10 +103,10 @@ def test_a_soft_time_limit_anywhere_in_our_code(
         ends[task_id] = "success" if state == "SUCCESS" else "error"
 
     with record_runs() as runs:
-        assert task.execute("control") == end
+        assert task.execute(f"control, {end}") == end
         for interrupt in sweep(LIMIT.strike, interrupted, step=effort(7, 1)):
             assert (reached + swallowed) % 100 or locked() == [], interrupt.where
-        assert task.execute("afterwards") == end
+        assert task.execute(f"afterwards, {end}") == end
         assert locked() == []
         assert left_behind() == []
         of_tasks = {run.task_id: run for run in runs if run.task_id}

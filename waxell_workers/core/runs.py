@@ -109,7 +109,7 @@ class Run:
     def start(self) -> None:
         """Write that the run has begun. Its id exists before, so that an interrupt cannot orphan it."""
         outer = _current.get()
-        if self.parent_run_id is None and outer is not None and not outer.is_muted:
+        if self.parent_run_id is None and outer is not None and outer is not self and not outer.is_muted:
             self.parent_run_id = outer.run_id
             self.root_run_id = self.root_run_id or outer.root_run_id
             self.trace_id = self.trace_id or outer.trace_id
