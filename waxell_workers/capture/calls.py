@@ -6,12 +6,11 @@ response, and no text of an error that could quote one. Imports neither an SDK n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.content import redact_text
+from ..core.content import harmless_message, redact_text
 from ..core.values import Redactor
 from . import semconv
 
@@ -19,10 +18,6 @@ CONTENT_CHARACTERS = 10_000
 """Prompts and responses are cut after so many characters."""
 ERROR_CHARACTERS = 500
 """The text of an error is cut after so many characters."""
-
-_HTTP_STATUS = re.compile(r"Error code: \d{3}\b")
-_HARMLESS = frozenset({"Connection error.", "Request timed out."})
-"""Messages that are constants of the SDK (`openai._exceptions`): they quote nothing."""
 
 Sink = Callable[..., None]
 
@@ -72,18 +67,6 @@ def short_error_type(name: str) -> str:
     """
     parts = name.split(".")
     return name if len(parts) < 3 else f"{parts[0]}.{parts[-1]}"
-
-
-def harmless_message(message: str) -> str:
-    """Return what may be kept of an error's text without `capture_content`.
-
-    Providers like to quote the request in their errors, so only an HTTP status ("Error code: 429", as
-    `openai.APIStatusError` begins) and known constants pass.
-    """
-    status = _HTTP_STATUS.match(message)
-    if status:
-        return status.group()
-    return message if message in _HARMLESS else ""
 
 
 def error_text(listener: Listener, message: str) -> str:

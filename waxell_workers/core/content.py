@@ -1,13 +1,15 @@
 """What may be written down: the content rules, applied before a record exists.
 
-Without `capture_content`, an error is its type and a bounded message, a traceback has no source lines.
-With it, texts are kept, through the user's `redact`.
+Without `capture_content`, an error is its type and a bounded message, without what an LLM SDK's error says in
+it; a traceback has no source lines. With it, texts are kept, through the user's `redact`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +21,17 @@ _MESSAGE_CHARACTERS = 200
 _FRAMES = 50
 REDACTION_FAILED = "[redaction failed]"
 """Stands where a text would, whose redactor failed."""
+_PROVIDERS = (
+    *("anthropic.", "cohere.", "google.genai.", "google.generativeai.", "groq.", "instructor.", "langchain"),
+    *("litellm.", "llama_index.", "mistralai.", "openai.", "together.", "vertexai."),
+)
+"""Modules of LLM SDKs: their errors like to quote the request, or the answer."""
+_TELLING = 20
+"""By so many characters a text is known again in another one, which may have cut it."""
+_CAUSES = 10
+_HTTP_STATUS = re.compile(r"Error code: \d{3}\b")
+_HARMLESS = frozenset({"Connection error.", "Request timed out."})
+"""Messages that are constants of the SDK (`openai._exceptions`): they quote nothing."""
 _INTERRUPTING = ("billiard", "celery", "dramatiq", "rq", "gevent", "greenlet")
 
 
@@ -76,8 +89,58 @@ def error_message(settings: Settings, error: BaseException) -> str:
 
     Made from its arguments that are texts or numbers; `str()` of the exception may run the user's code.
     """
-    text = redact_text(settings.redact, ", ".join(filter(None, map(_text_of, error.args))))
-    return text if settings.capture_content else text[:_MESSAGE_CHARACTERS]
+    text = _text(_arguments(error))
+    if settings.capture_content:
+        return redact_text(settings.redact, text)
+    return redact_text(settings.redact, _without_quotes(text, error))[:_MESSAGE_CHARACTERS]
+
+
+def harmless_message(message: str) -> str:
+    """Return what may be kept of an LLM SDK's error without `capture_content`.
+
+    Providers like to quote the request in their errors, so only an HTTP status ("Error code: 429", as
+    `openai.APIStatusError` begins) and known constants pass.
+    """
+    status = _HTTP_STATUS.match(message)
+    if status:
+        return status.group()
+    return message if message in _HARMLESS else ""
+
+
+def _without_quotes(text: str, error: BaseException) -> str:
+    """Return an error's text up to where it says what an SDK's error said that led to it."""
+    for cause in _causes(error):
+        if not any(f"{kind.__module__}.".startswith(_PROVIDERS) for kind in type(cause).__mro__):
+            continue
+        said = _text(_arguments(cause))
+        if cause is error:
+            return harmless_message(said)
+        for form in (said, repr(said)[1:-1]):
+            before, quoted, _ = text.partition(form[:_TELLING])
+            if form and quoted:
+                text = before + (harmless_message(said) or "…")
+    return text
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, the last one first."""
+    inner: BaseException | None = error
+    for _ in range(_CAUSES):
+        if inner is None:
+            return
+        yield inner
+        inner = inner.__context__ if inner.__cause__ is None else inner.__cause__
+
+
+def _arguments(error: BaseException) -> tuple[object, ...]:
+    """Return an exception's arguments, but for a text that could not be encoded: `str()` leaves that out."""
+    if isinstance(error, UnicodeError) and len(error.args) > 3:
+        return tuple(part for part in error.args if part is not error.args[-4])
+    return error.args
+
+
+def _text(arguments: tuple[object, ...]) -> str:
+    return ", ".join(filter(None, map(_text_of, arguments)))
 
 
 def _text_of(part: object) -> str:

@@ -34,6 +34,7 @@ def main() -> None:
     # Not to the end of the file: a child that is forked just then has the pipe's other end too.
     order = msgspec.json.decode(sys.stdin.buffer.readline())
     _leave_standard_input()
+    os.environ.update(order.get("environ", {}))  # others cannot read it there
     directory: str = order["directory"]
     # The worker may be older or newer than what is installed now: what we do not know, we do without.
     known = {field.name for field in fields(Settings)} & order["settings"].keys()

@@ -44,6 +44,7 @@ _NOT_INHERITED = (
     *("PYTHON", "OTEL_", "DD_", "NEW_RELIC_", "SENTRY_", "COVERAGE_", "COV_CORE_"),
     *("WAXELL_", "WAX_"),  # the key, by both of its names
 )
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 _DEFAULT_SIGNALS = (
     signal.SIGINT,
@@ -169,7 +170,11 @@ def _start_thread(settings: Settings, directory: str) -> None:
 
 def _start_process(settings: Settings, directory: str) -> None:
     reap()
-    order = {name: getattr(settings, name) for name in _NEEDED}
+    order = {
+        "directory": directory,
+        "settings": {name: getattr(settings, name) for name in _NEEDED},
+        "environ": _proxies_with_passwords(),
+    }
     log = _open_log(f"{directory}/shipper.log")
     try:
         reading, writing = os.pipe()
@@ -177,11 +182,11 @@ def _start_process(settings: Settings, directory: str) -> None:
         os.close(log)
         raise
     try:
-        os.write(writing, msgspec.json.encode({"directory": directory, "settings": order}) + b"\n")
+        os.write(writing, msgspec.json.encode(order) + b"\n")
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", "-c", _BOOT, sys.executable],
-            _environment(),
+            _environment(settings.api_key),
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, reading, 0),
                 (os.POSIX_SPAWN_DUP2, log, 1),
@@ -232,9 +237,20 @@ def _has_ended(target: int) -> bool:
         return True
 
 
-def _environment() -> dict[str, str]:
-    """Return this process's environment without what would instrument or misdirect the shipper."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
+def _proxies_with_passwords() -> dict[str, str]:
+    found = {name: os.environ[name] for name in _PROXIES if "@" in os.environ.get(name, "")}
+    return {name: value for name, value in found.items() if value.isascii()}  # no other is a URL
+
+
+def _environment(key: str) -> dict[str, str]:
+    """Return this process's environment without secrets and what would instrument or misdirect the shipper."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_NOT_INHERITED) and not (key and key in value)
+    }
+    for name in _proxies_with_passwords():
+        kept.pop(name, None)
     kept["PYTHONSAFEPATH"] = "1"
     kept["WAXELL_OBSERVE"] = "false"
     found = _import_path()

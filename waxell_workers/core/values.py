@@ -50,8 +50,12 @@ def _url(name: str, value: object) -> str:
         raise ConfigError(name, "…" if "@" in text else value, allowed) from None
     if parts.username or parts.password or "@" in parts.netloc:
         raise ConfigError(name, f"{parts.scheme}://…@{parts.hostname}", "expected a URL without credentials")
+    if parts.query or parts.fragment:  # some put tokens there
+        raise ConfigError(
+            name, f"{text.partition('?')[0].partition('#')[0]}…", "expected a URL without a query"
+        )
     if text and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise ConfigError(name, value, allowed)
+        raise ConfigError(name, "…" if "@" in text else value, allowed)
     return text
 
 
