@@ -76,7 +76,7 @@ def _decode(line: bytes) -> Record:
     except msgspec.ValidationError as error:
         found = _raw(line)
         kind = found.get("kind")
-        if found and kind not in _KINDS:
+        if found and not (isinstance(kind, str) and kind in _KINDS):
             raise Refused(f"unknown kind {kind!r}"[:_MAX_ID]) from None
         raise Refused(str(error)) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

@@ -108,8 +108,9 @@ def _bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ConfigError("port", port, "expected a number from 0 to 65535")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # with the protocol named: only then does asyncio set TCP_NODELAY, without which an answer takes 40 ms
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError("host", host, f"expected an address of this machine ({error})") from None
     try:
