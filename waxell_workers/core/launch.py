@@ -243,7 +243,7 @@ def _proxies_with_passwords() -> dict[str, str]:
 
 
 def _environment(key: str) -> dict[str, str]:
-    """Return this process's environment without secrets and what would instrument or misdirect the shipper."""
+    """Return our environment without secrets, and without what would instrument or misdirect the shipper."""
     kept = {
         name: value
         for name, value in os.environ.items()
