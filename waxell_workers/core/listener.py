@@ -77,9 +77,12 @@ class Listener:
             self._socket.setblocking(False)
             self._thread.start()
         except (OSError, RuntimeError) as error:  # RuntimeError: no thread starts at the interpreter's end
-            logger.warning("flush requests cannot be taken: %s", error)
+            if self._directory not in _deaf:  # tried again and again: told once
+                logger.warning("flush requests cannot be taken: %s", error)
+            _deaf.add(self._directory)
             self._socket.close()
             return False
+        _deaf.discard(self._directory)
         _listening.add(self)
         return True
 
@@ -152,6 +155,8 @@ class Listener:
 
 
 _listening: weakref.WeakSet[Listener] = weakref.WeakSet()
+_deaf: set[str] = set()
+"""Directories of which it was said that no requests can be taken there."""
 
 
 def _forget_all() -> None:

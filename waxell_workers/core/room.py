@@ -49,8 +49,8 @@ def is_lack_of_room(error: Exception) -> bool:
 def is_passing(error: Exception) -> bool:
     """True if what went wrong with the disk may go away by itself, or by somebody else's hand.
 
-    With SQLite that is all but damage: `OperationalError` is its word for a file that it cannot open, write or
-    lock. That the directory is gone does not pass: a new one has a new shipper.
+    With SQLite that is all but damage: `OperationalError` is its word for a file that it cannot open, write
+    or lock. That the directory is gone does not pass: a new one has a new shipper.
     """
     if isinstance(error, OSError):
         return error.errno in (*_NO_ROOM, *_PASSING)

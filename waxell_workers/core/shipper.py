@@ -56,6 +56,8 @@ _TERM_DRAIN_S = 3.0
 _HURRY_S = 1.0
 _ROOM_S = 1.0
 """How often one that waits for room on the disk looks for it."""
+_LISTEN_S = 5.0
+"""How often one that cannot take flush requests, as where no file can be made, tries to."""
 _TIDY_S = 60.0
 _QUARANTINE_BYTES = 16 << 20
 _NO_RECORD_S_FAULT = (OSError, sqlite3.Error, ImportError, NewerJournal, KeyboardInterrupt, SystemExit)
@@ -100,6 +102,7 @@ class Shipper:
         self._progressed = False
         self._untold: dict[int, int] = {}
         self._listener: Listener | None = None
+        self._listened_at = 0.0
         self._closing = ExitStack()
         self._pending_since = time.monotonic()
         self._server = Backoff()
@@ -135,8 +138,8 @@ class Shipper:
         return True
 
     def _ship(self) -> None:
-        """Ship from here; a full disk is waited for, or one that is read-only for a while, with the lock held:
-        another shipper could do no more.
+        """Ship from here; a disk that is full or read-only is waited for, with the lock held: another shipper
+        could do no more.
         """
         while True:
             try:
@@ -234,6 +237,7 @@ class Shipper:
     def _listen(self) -> None:
         if self._stop_by is not None:  # nobody has the time to ask; an ending interpreter starts no thread
             return
+        self._listened_at = time.monotonic()
         listener = Listener(self._directory, self._wake.set)
         self._listener = listener if listener.start() else None
 
@@ -313,6 +317,8 @@ class Shipper:
         if not ship_lock(self._directory).is_in_place():
             raise FileNotFoundError(errno.ENOENT, "the directory was deleted or moved", self._directory)
         self._read()
+        if self._listener is None and time.monotonic() - self._listened_at >= _LISTEN_S:
+            self._listen()
         self._tracker.end_dead_runs(leaving=self._stop_by is not None)
         waiters = self._listener.waiters() if self._listener is not None else []
         self._asked = bool(waiters)
