@@ -47,6 +47,7 @@ __all__ = [
     "environment",
     "rabbitmq_answers",
     "shippers_of",
+    "names_us",
     "start_model",
     "start_server",
     "start_valkey",
@@ -54,6 +55,11 @@ __all__ = [
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / "integrations" / "celery"
+
+
+def names_us(text: str) -> bool:
+    """True if a log or a traceback names us, but for the path of a checkout that bears our name."""
+    return "waxell" in text.replace(str(ROOT), "")
 
 
 @dataclass
