@@ -201,6 +201,8 @@ def _open(path: Path) -> sqlite3.Connection:
         raise _unusable(path, error) from None
     connection = connect(path, query_only=False)
     try:
+        if _number(connection, "user_version") or _tables(connection):
+            check(connection, path)  # before anything is changed: it may be another program's
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
         if _number(connection, "user_version") == 0 and not _tables(connection):
@@ -210,7 +212,7 @@ def _open(path: Path) -> sqlite3.Connection:
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute("COMMIT")
         check(connection, path)
-        examine(connection)
+        _examine(connection)
     except BaseException:
         connection.close()
         raise
@@ -234,12 +236,20 @@ def check(connection: sqlite3.Connection, path: Path) -> None:
         raise ConfigError("db", str(path), "expected a database of this server, not another program's")
 
 
-def examine(connection: sqlite3.Connection) -> None:
-    """Read the whole file, and see whether it is damaged.
+def examine(path: Path) -> None:
+    """Read the whole file anew, past what other connections remember, and see whether it is damaged.
 
     Raises:
         sqlite3.Error: it is, or it cannot be read.
     """
+    connection = connect(path, query_only=True)
+    try:
+        _examine(connection)
+    finally:
+        connection.close()
+
+
+def _examine(connection: sqlite3.Connection) -> None:
     complaint = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if complaint != "ok":
         raise sqlite3.DatabaseError(f"malformed: {complaint}".replace("\n", " "))

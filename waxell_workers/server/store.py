@@ -266,9 +266,10 @@ class Store:
         if self._suspect:
             self._suspect = False
             try:
-                schema.examine(self._not_none())
-            except sqlite3.DatabaseError as error:
-                self._replace(error)
+                schema.examine(self.path)
+            except sqlite3.Error as error:
+                if schema.is_damage(error):
+                    self._replace(error)
         return self._not_none()
 
     def _not_none(self) -> sqlite3.Connection:
