@@ -149,9 +149,6 @@ class _Work:
             return
         if self._attempt is None:
             self._begin(tasks.Options())
-        elif not self._attempt.begun:  # a time limit surfaced in between; written twice, it is one record
-            self._attempt.run.leave_all()
-            tasks.begin(self._attempt)
         if self._attempt is not None:
             self._error = self._attempt.run.describe(error)
         self._state = state_of(error)

@@ -262,6 +262,8 @@ def close(attempt: Attempt, state: str, **error: Any) -> None:
 
 def _close(attempt: Attempt, state: str, error: dict[str, Any]) -> None:
     run = attempt.run
+    if not attempt.begun:  # an interrupt has surfaced there
+        begin(attempt)
     run.leave_all()
     run.end(state, **error)
     if attempt.slot is not None and _slots.get(attempt.slot) is run:
