@@ -6,6 +6,7 @@ namespaces, a volume between the two, a memory limit.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 from celery import Celery
@@ -25,6 +28,8 @@ from celery import Celery
 from tests.acceptance.conftest import children, make_worker, model, session_children, valkey  # noqa: F401
 from tests.faulty import FaultyServer
 from tests.harness import APP, ROOT, Worker, await_, environment
+from waxell_workers.cli.commands import cli
+from waxell_workers.core.config import Settings
 from waxell_workers.core.inspection import survey
 
 pytestmark = pytest.mark.timeout(180)
@@ -47,7 +52,7 @@ def forbidden(what: str) -> None:
     pytest.skip(what)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def namespaces() -> None:
     made = shutil.which("unshare") and subprocess.run([*CONTAINER, "true"], capture_output=True, check=False)
     if not made or made.returncode:
@@ -81,7 +86,7 @@ def assert_each_once(server: FaultyServer, sent: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def contained(tmp_path: Path) -> Path:
+def contained(namespaces: None, tmp_path: Path) -> Path:
     """A Python that is process 1 of a container."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {" ".join(PID)} {sys.executable} "$@"\n')
@@ -254,7 +259,7 @@ def kill_container(container: subprocess.Popen[str], number: int = signal.SIGKIL
 
 
 @pytest.fixture
-def pod(server: FaultyServer, tmp_path: Path) -> Iterator[Pod]:
+def pod(namespaces: None, server: FaultyServer, tmp_path: Path) -> Iterator[Pod]:
     pod = Pod(server, tmp_path)
     yield pod
     pod.close()
@@ -442,3 +447,79 @@ def test_a_memory_kill_leaves_a_killed_run(make_worker, server, tmp_path, memory
 def send(worker: Worker, task: str, *arguments: object) -> str:
     with Celery(broker=worker.broker, set_as_current=False) as client:
         return str(client.send_task(task, arguments, queue=worker.queue).id)
+
+
+# --- what the pages tell people to write ------------------------------------------------------------
+
+DEPLOY = ROOT / "docs" / "deploy"
+MANIFESTS = sorted(DEPLOY.glob("*.yaml"))
+UNITS = sorted(DEPLOY.glob("*.service"))
+PAGES = [ROOT / "docs" / "kubernetes.md", ROOT / "docs" / "systemd.md"]
+SETTINGS = {f"WAXELL_{setting.name.upper()}" for setting in fields(Settings)}
+
+
+def assert_is_a_command(words: list[str]) -> None:
+    """What follows `waxell-workers` is a command of its, with options that it has."""
+    command: click.Command = cli
+    for word in words:
+        if word.startswith("-"):
+            assert any(word in option.opts for option in command.params), words
+        elif isinstance(command, click.Group):
+            assert word in command.commands, words
+            command = command.commands[word]
+    assert not isinstance(command, click.Group), words
+
+
+@pytest.mark.parametrize("path", [*MANIFESTS, *UNITS, *PAGES], ids=lambda path: path.name)
+def test_what_is_deployed_exists(path: Path) -> None:
+    """Each command of ours that a manifest, a unit or a page names exists, and so does each setting."""
+    text = path.read_text()
+    named = [re.findall(r"[\w-]+", found) for found in re.findall(r"waxell-workers((?: [\w-]+)+)", text)]
+    named += [json.loads(found)[1:] for found in re.findall(r'command: (\["waxell-workers".*\])', text)]
+    commands = [words for words in named if words[0] in cli.commands]
+    assert commands or path.name in ("worker.yaml", "celery.service")
+    for words in commands:
+        assert_is_a_command(words)
+    assert set(re.findall(r"\bWAXELL_[A-Z_]*[A-Z]\b", text)) <= SETTINGS
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_a_manifest_is_whole(path: Path) -> None:
+    """It parses, where there is a parser; each container has the volume, at the place that it is told; the
+    user is the pod's; and the containers of a pod agree on what makes the destination."""
+    text = path.read_text()
+    assert "\t" not in text
+    for line in text.splitlines():
+        assert (len(line) - len(line.lstrip())) % 2 == 0, line
+        assert all(line.count(pair[0]) == line.count(pair[1]) for pair in ("{}", "[]")), line
+    containers = len(re.findall(r"^ +image:", text, re.MULTILINE))
+    assert text.count("name: WAXELL_SPOOL_DIR\n              value: /var/spool/waxell\n") == containers
+    assert text.count("- {name: spool, mountPath: /var/spool/waxell}") == containers
+    assert text.count("secretKeyRef: {name: waxell, key: api-key}") == containers
+    assert text.count("runAsUser") == 1
+    assert text.index("runAsUser") < text.index("ontainers:")
+    if containers > 1:
+        assert text.index("restartPolicy: Always") < text.index("\n      containers:")
+        assert text.count("name: WAXELL_SHIPPER\n              value: external\n") == 1
+    try:
+        import yaml
+    except ImportError:
+        return
+    pod = yaml.safe_load(text)["spec"]["template"]["spec"]
+    mounts = [mount["name"] for each in pod["containers"] for mount in each["volumeMounts"]]
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_a_unit_is_one(path: Path, tmp_path: Path) -> None:
+    """systemd finds nothing to say against it, but for what the reader has and we have not: the program."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze here")
+    text, count = re.subn(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", path.read_text())
+    assert count == 1
+    unit = tmp_path / path.name
+    unit.write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
