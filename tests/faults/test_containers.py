@@ -28,6 +28,7 @@ from celery import Celery
 from tests.acceptance.conftest import children, make_worker, model, session_children, valkey  # noqa: F401
 from tests.faulty import FaultyServer
 from tests.harness import APP, ROOT, Worker, await_, environment
+from tests.torture import LONG, effort
 from waxell_workers.cli.commands import cli
 from waxell_workers.core.config import Settings
 from waxell_workers.core.inspection import survey
@@ -159,7 +160,7 @@ def test_process_1_leaves_no_zombie(make_worker, server, contained) -> None:  # 
     worker.python = str(contained)
     worker.start(*PREFORK)
     first = process_1(worker)
-    for _ in range(2):
+    for _ in range(effort(1, 3)):
         shipper = await_(worker.shipper, "shipper")
         shipper.kill()
         await_(lambda: (found := worker.shipper()) and found.pid != shipper.pid, "another shipper")  # noqa: B023
@@ -413,6 +414,7 @@ def oom_kills(group: Path) -> int:
     return 0
 
 
+@pytest.mark.skipif(not LONG, reason="only at length")
 def test_a_memory_kill_leaves_a_killed_run(make_worker, server, tmp_path, memory_limited) -> None:  # noqa: F811
     """Given a task that eats more than its control group may have, the kernel kills its process alone: the
     run is killed, with its call and the reason, the worker goes on, and what it does later arrives."""
