@@ -21,7 +21,7 @@ from typing import Any
 
 from . import launch, spool
 from .config import Settings, observes, resolve
-from .encoding import encode
+from .encoding import encode, key_text
 from .errors import ConfigError
 from .flush import FlushResult, request_flush
 from .ids import new_id
@@ -134,6 +134,7 @@ class Collector:
         kind: type[RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost],
         *,
         at: float | None = None,
+        id: str = "",
         **fields: Any,
     ) -> bool:
         """Make a record and write it; what is written for every task is made by hand instead.
@@ -141,10 +142,11 @@ class Collector:
         Args:
             kind: the record's class.
             at: Unix time in seconds; now unless given.
+            id: the record's id; a new one unless given.
             fields: the record's own fields.
         """
         moment = time.time() if at is None else at
-        return self.write(kind(id=new_id(), at=moment, proc=self.token(), **fields))
+        return self.write(kind(id=id or new_id(), at=moment, proc=self.token(), **fields))
 
     def record_call(self, **fields: Any) -> None:
         """Write an `LLMCall`, whose texts are redacted already; nothing for a call of a muted run."""
@@ -154,7 +156,7 @@ class Collector:
     def excluded(self, name: str) -> bool:
         """True if a task or agent of this name is not to be recorded."""
         patterns = self.settings.exclude
-        return bool(patterns) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return bool(patterns) and any(fnmatch.fnmatchcase(key_text(name), pattern) for pattern in patterns)
 
     def look_for_shipper(self) -> None:
         """Look whether anybody ships, if that was not done of late; if not, start somebody.

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import re
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from .config import Settings
-from .encoding import plain
+from .encoding import MAX_LINE, SHORT, key_text, module_name, type_name, with_texts
 from .values import Redactor
 
 _MESSAGE_CHARACTERS = 200
 _FRAMES = 50
+_MOST_ARGUMENTS = 50
 REDACTION_FAILED = "[redaction failed]"
 """Stands where a text would, whose redactor failed."""
 _PROVIDERS = (
@@ -41,22 +43,38 @@ def is_interrupt(error: BaseException) -> bool:
     `SoftTimeLimitExceeded` and `JobTimeoutException` are plain `Exception`s, raised at any bytecode; they are
     told by the package that defines them, so that no framework is imported.
     """
-    if not isinstance(error, Exception):
+    if not issubclass(type(error), Exception):
         return True
-    return any(kind.__module__.split(".", 1)[0] in _INTERRUPTING for kind in type(error).__mro__)
+    return any(name.split(".", 1)[0] in _INTERRUPTING for name in _modules(error))
+
+
+def _modules(error: BaseException) -> Iterator[str]:
+    """Yield the modules that an exception's type and those above it were defined in."""
+    return map(module_name, type.__dict__["__mro__"].__get__(type(error)))
 
 
 def redact_text(redact: Redactor | None, text: str) -> str:
-    """Return a text as the user's `redact` leaves it; one that fails costs the text, never the task."""
-    if redact is None or not text:
+    """Return a text as the user's `redact` leaves it; one that fails costs the text, never the task.
+
+    What is no text is made one. Of a text that is too long for a record, only as much is looked at as a
+    record holds, and less is kept of it: what `redact` would have found is not cut in two.
+    """
+    if redact is None:
+        return text
+    text = key_text(text)
+    if not text:
         return text
     try:
-        clean = redact(text)
+        clean = redact(text[:MAX_LINE])
     except Exception as error:  # the user's code: anything may come, and interrupts must pass
         if is_interrupt(error):
             raise
         return REDACTION_FAILED
-    return clean if isinstance(clean, str) else REDACTION_FAILED
+    if not isinstance(clean, str):
+        return REDACTION_FAILED
+    if len(text) <= MAX_LINE:
+        return clean
+    return f"{clean[:SHORT]}… [{len(text) - SHORT} characters cut]"
 
 
 def redacted(settings: Settings, value: Any) -> Any:
@@ -64,24 +82,12 @@ def redacted(settings: Settings, value: Any) -> Any:
     redact = settings.redact
     if redact is None or value is None:
         return value
-    return _redacted(redact, plain(value))
-
-
-def _redacted(redact: Redactor, value: Any) -> Any:
-    if isinstance(value, str):
-        return redact_text(redact, value)
-    if isinstance(value, dict):
-        return {redact_text(redact, key): _redacted(redact, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_redacted(redact, item) for item in value]
-    return value
+    return with_texts(value, lambda text: redact_text(redact, text))
 
 
 def error_type(error: BaseException) -> str:
     """Return an exception's qualified type, without `builtins`."""
-    kind = type(error)
-    module = kind.__module__
-    return kind.__qualname__ if module in ("builtins", "__main__") else f"{module}.{kind.__qualname__}"
+    return type_name(type(error)).removeprefix("builtins.").removeprefix("__main__.")
 
 
 def error_message(settings: Settings, error: BaseException) -> str:
@@ -110,16 +116,29 @@ def harmless_message(message: str) -> str:
 def _without_quotes(text: str, error: BaseException) -> str:
     """Return an error's text up to where it says what an SDK's error said that led to it."""
     for cause in _causes(error):
-        if not any(f"{kind.__module__}.".startswith(_PROVIDERS) for kind in type(cause).__mro__):
+        if not any(f"{name}.".startswith(_PROVIDERS) for name in _modules(cause)):
             continue
         said = _text(_arguments(cause))
         if cause is error:
             return harmless_message(said)
-        for form in (said, repr(said)[1:-1]):
+        for form in (said, repr(said[:_MESSAGE_CHARACTERS])[1:-1]):
             before, quoted, _ = text.partition(form[:_TELLING])
             if form and quoted:
                 text = before + (harmless_message(said) or "…")
     return text
+
+
+# Not the exception's own attributes, which may be the user's code.
+_args_of = BaseException.__dict__["args"].__get__
+_cause_of = BaseException.__dict__["__cause__"].__get__
+_context_of = BaseException.__dict__["__context__"].__get__
+_traceback_of = BaseException.__dict__["__traceback__"].__get__
+
+
+def traceback_of(error: BaseException) -> TracebackType | None:
+    """Return the traceback of an exception."""
+    found: TracebackType | None = _traceback_of(error)
+    return found
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -129,14 +148,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         if inner is None:
             return
         yield inner
-        inner = inner.__context__ if inner.__cause__ is None else inner.__cause__
+        cause = _cause_of(inner)
+        inner = _context_of(inner) if cause is None else cause
 
 
 def _arguments(error: BaseException) -> tuple[object, ...]:
     """Return an exception's arguments, but for a text that could not be encoded: `str()` leaves that out."""
-    if isinstance(error, UnicodeError) and len(error.args) > 3:
-        return tuple(part for part in error.args if part is not error.args[-4])
-    return error.args
+    arguments: tuple[object, ...] = _args_of(error)
+    if issubclass(type(error), UnicodeError) and len(arguments) > 3:
+        return tuple(part for part in arguments if part is not arguments[-4])
+    return arguments[:_MOST_ARGUMENTS]
 
 
 def _text(arguments: tuple[object, ...]) -> str:
@@ -144,17 +165,14 @@ def _text(arguments: tuple[object, ...]) -> str:
 
 
 def _text_of(part: object) -> str:
-    # Not str(): of a subclass it may be the user's code.
-    if isinstance(part, str):
+    # Not str(), nor isinstance(), which asks the object: of a subclass it may be the user's code.
+    kind = type(part)
+    if issubclass(kind, str):
         return str.__str__(part)
     try:
-        return (
-            int.__repr__(part)
-            if isinstance(part, int)
-            else float.__repr__(part)
-            if isinstance(part, float)
-            else ""
-        )
+        if issubclass(kind, int):
+            return int.__repr__(part)
+        return float.__repr__(part) if issubclass(kind, float) else ""
     except ValueError:  # an integer of more digits than Python writes
         return ""
 
@@ -163,7 +181,8 @@ def format_traceback(settings: Settings, trace: TracebackType | None) -> str:
     """Return the innermost frames of a traceback; source lines only with `capture_content`."""
     if trace is None:
         return ""
-    frames = traceback.StackSummary.extract(traceback.walk_tb(trace), lookup_lines=False)[-_FRAMES:]
+    innermost = deque(traceback.walk_tb(trace), _FRAMES)
+    frames = traceback.StackSummary.extract(innermost, lookup_lines=False)
     lines = ["Traceback (most recent call last):"]
     for frame in frames:
         lines.append(f'  File "{_short(frame.filename)}", line {frame.lineno}, in {frame.name}')

@@ -9,7 +9,10 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import types
 import uuid
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -18,24 +21,52 @@ from .records import Record
 
 MAX_LINE = 256 << 10
 """A longer record is cut, visibly, in bytes."""
+SHORT = 2_000
+"""How many characters of a text are kept where a record is cut."""
 _MAX_DEPTH = 12
+_DEEPEST = 64
+"""How deep a value may nest that is written as it is: nobody's parser, nor our own stack, minds that."""
 _MAX_ITEMS = 200
 _MAX_NODES = 50_000
 """How many values of a field are looked at where it must be cut: cycles have no end of them."""
 _LARGEST_BITS = 2_048
-_SHORT = 2_000
+_NAME = 200
 _R = TypeVar("_R")
 
 
+class _TooLarge(Exception):
+    """What was made so far of a record is longer than a line may be: the rest need not be looked at."""
+
+
 def _placeholder(value: object) -> str:
-    return f"<{_name(type(value))}>"
+    return f"<{type_name(type(value))}>"
 
 
-def _name(kind: type) -> str:
-    # Not `kind.__module__`, which a metaclass may make anything of; and what stands there need be no text.
-    module = type.__getattribute__(kind, "__module__")
-    name = type.__getattribute__(kind, "__qualname__")
-    return f"{module}.{name}" if type(module) is str else name
+# The descriptors themselves: a class asked for its attributes may ask a metaclass of the user's.
+_module_of = type.__dict__["__module__"].__get__
+_qualname_of = type.__dict__["__qualname__"].__get__
+_mro_of = type.__dict__["__mro__"].__get__
+_dict_of = type.__dict__["__dict__"].__get__
+
+
+def module_name(kind: type) -> str:
+    """Return the module of a class; empty where what stands there is no text."""
+    try:
+        module = _module_of(kind)
+    except AttributeError:
+        return ""
+    return module if type(module) is str else ""
+
+
+def type_name(kind: type) -> str:
+    """Return the qualified name of a class, without running code of a user's, as text that can be written."""
+    name = str.__str__(_qualname_of(kind))
+    module = module_name(kind)
+    return _clean((f"{module}.{name}" if module else name)[:_NAME])
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 _encode = msgspec.json.Encoder(enc_hook=_placeholder).encode
@@ -46,23 +77,32 @@ _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 def encode(record: Record) -> bytes:
     r"""Return a record's line for the journal: `\n`, JSON, `\n`; at most `MAX_LINE` bytes and a little."""
-    body = _encode_whole(record) or _encode(_replace_values(record, MAX_LINE, MAX_LINE))
-    if len(body) > MAX_LINE:
-        body = _encode(_replace_values(record, _SHORT, _MAX_ITEMS))
-    if len(body) > MAX_LINE:
-        body = _encode(_replace_values(record, _SHORT, 0))
+    values = msgspec.structs.astuple(record)
+    left = _left(values, MAX_LINE, 0)
+    body = _encode_as_it_is(record) if left >= 0 else b""
+    if not body and left != _LARGE:
+        body = _encode_cut(record, MAX_LINE, _MAX_NODES)
+    if not body or len(body) > MAX_LINE:
+        body = _encode_cut(record, SHORT, _MAX_ITEMS)
+    if not body or len(body) > MAX_LINE:
+        body = _encode_cut(record, SHORT, 0)
     return b"\n" + body + b"\n"
 
 
-def _encode_whole(record: Record) -> bytes:
-    """Return a record as it is, or nothing if that cannot be said, or not without code of a user's."""
+def _encode_as_it_is(record: Record) -> bytes:
+    """Return a record as it is, or nothing if that cannot be said."""
     try:
-        plain = _are_plain(msgspec.structs.astuple(record))
-    except RecursionError:
-        return b""
-    try:
-        return _encode(record) if plain else b""
+        return _encode(record)
     except _UNSAYABLE:
+        return b""
+
+
+def _encode_cut(record: Record, text: int, items: int) -> bytes:
+    """Return a record with its values cut, or nothing if that is still far too large."""
+    cut = _Cut(text, items)
+    try:
+        return _encode(_replace_values(record, cut))
+    except _TooLarge:
         return b""
 
 
@@ -91,7 +131,8 @@ _KINDS = {kind.__struct_config__.tag: kind for kind in get_args(Record)}
 
 def _fit(values: dict[str, Any]) -> Record:
     """Return a record of values that a user handed in without minding types: it was taken, so it arrives."""
-    kind = _KINDS.get(values.pop("kind", None))
+    name = values.pop("kind", None)
+    kind = _KINDS.get(name) if type(name) is str else None
     if kind is None:
         raise msgspec.ValidationError("no known kind of record")
     fitting = {}
@@ -108,70 +149,104 @@ def _fit(values: dict[str, Any]) -> Record:
                 fitting[field.name] = "unknown"
             elif field.type is int and isinstance(value, float):
                 fitting[field.name] = round(value)
+            elif field.type is float and field.required:
+                fitting[field.name] = 0.0
             elif field.type == dict[str, Any] and value is not None:
                 fitting[field.name] = {"value": value}
     record: Record = msgspec.convert({"kind": kind.__struct_config__.tag, **fitting}, kind)
     return record
 
 
-def plain(value: Any) -> Any:
-    """Return `value` as JSON would have it: None, bool, int, float, str, list and dict with text keys."""
-    try:
-        if _is_plain(value):
-            return msgspec.json.decode(_encode(value))
-    except _UNSAYABLE:
-        pass
-    return msgspec.json.decode(_encode(_Cut(MAX_LINE, MAX_LINE).reduce(value)))
-
-
 def reduce(value: Any) -> Any:
     """Return `value` as plain data that JSON can say, with long texts and collections cut, visibly."""
-    return _Cut(_SHORT, _MAX_ITEMS).reduce(value)
+    try:
+        return _Cut(SHORT, _MAX_ITEMS).reduce(value)
+    except _TooLarge:
+        return _Cut(SHORT, 0).reduce(value)
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return `value` as plain data, with each text in it, keys too, as `change` returns it."""
+    for text, items, depth in ((MAX_LINE, _MAX_NODES, _DEEPEST), (SHORT, _MAX_ITEMS, _MAX_DEPTH)):
+        try:
+            return _Cut(text, items, depth, change).reduce(value)
+        except _TooLarge:
+            continue
+    return _Cut(SHORT, 0, _MAX_DEPTH, change).reduce(value)
+
+
+def key_text(key: object) -> str:
+    """Return a key of any kind as text."""
+    return key if type(key) is str else _Cut(SHORT, 0).key(key)
 
 
 # -- values of any kind ------------------------------------------------------------------------
 
-_ATOMS = frozenset({type(None), bool, int, float})
-_LEAVES = _ATOMS | {str, bytes, bytearray, datetime.date, datetime.timedelta, decimal.Decimal, uuid.UUID}
-"""Types that are encoded by their C code alone; not so their subclasses, which a user may have written."""
-_SEQUENCES = (list, tuple, set, frozenset)
+_NUMBERS = (type(None), bool, int, float)
+_TIMES = (datetime.date, datetime.timedelta, decimal.Decimal, uuid.UUID)
 _BYTES = (bytes, bytearray)
+_SEQUENCES = (list, tuple, set, frozenset)
 _ZONES = ("datetime", "zoneinfo", "pytz", "dateutil")
 """Packages whose time zones may be asked for an offset."""
 
+# Types that are encoded by their C code alone; not so their subclasses, which a user may have written. By
+# their ids: a type that is looked up in a set is asked for its hash, which a metaclass may answer.
+_FIXED = frozenset(map(id, (*_NUMBERS, *_TIMES)))
+_MEASURED = frozenset(map(id, _BYTES))
+_COLLECTIONS = frozenset(map(id, _SEQUENCES))
 
-def _is_plain(value: Any) -> bool:
-    """True if no code of a user's runs when this is encoded as it is."""
-    kind = type(value)
-    if kind in _LEAVES:
-        return True
-    if kind is dict:
-        return not value or (_are_plain(tuple(value)) and _are_plain(tuple(value.values())))
-    if kind in _SEQUENCES:
-        return _are_plain(tuple(value))
-    return _is_plain_time(value)
+_LARGE, _UNPLAIN = -1, -2
 
 
-def _are_plain(values: tuple[object, ...]) -> bool:
-    """The same of each of them; of copies, since another thread may change a collection meanwhile."""
-    return all(map(_is_plain, [value for value in values if type(value) not in _LEAVES]))
+def _left(values: Iterable[Any], left: int, depth: int) -> int:
+    """Return how many bytes of a line are left, at most, once these values are in it.
+
+    `_LARGE` if there are none; `_UNPLAIN` if code of a user's would run when a value is encoded as it is, or
+    if it nests too deeply.
+    """
+    for value in values:
+        kind = type(value)
+        if kind is str:
+            left -= len(value)
+        elif id(kind) in _FIXED:
+            left -= 1
+        elif kind is dict or id(kind) in _COLLECTIONS:
+            if value:
+                left = _left_inside(value, left, depth)
+                if left < 0:
+                    return left
+        elif id(kind) in _MEASURED:
+            left -= len(value)
+        elif not _is_plain_time(value):
+            return _UNPLAIN
+        if left < 0:
+            return _LARGE
+    return left
+
+
+def _left_inside(collection: Any, left: int, depth: int) -> int:
+    if depth >= _DEEPEST:
+        return _UNPLAIN
+    if len(collection) > left:  # before it is copied
+        return _LARGE
+    # Of copies, since another thread may change it meanwhile.
+    left = _left(tuple(collection), left - len(collection), depth + 1)
+    if left >= 0 and type(collection) is dict:
+        left = _left(tuple(collection.values()), left, depth + 1)
+    return left
 
 
 def _is_plain_time(value: Any) -> bool:
-    if type(value) not in (datetime.datetime, datetime.time):
+    kind = type(value)
+    if kind is not datetime.datetime and kind is not datetime.time:
         return False
     zone = value.tzinfo
-    return zone is None or _name(type(zone)).partition(".")[0] in _ZONES
+    return zone is None or module_name(type(zone)).partition(".")[0] in _ZONES
 
 
-def _replace_values(record: _R, text: int, items: int) -> _R:
+def _replace_values(record: _R, cut: _Cut) -> _R:
     values = {name: getattr(record, name) for name in record.__struct_fields__}  # type: ignore[attr-defined]
-    plain = {
-        # an empty dict stays one: its field's type is dict
-        name: {} if not items and issubclass(type(value), dict) else _Cut(text, items).reduce(value)
-        for name, value in values.items()
-    }
-    return msgspec.structs.replace(record, **plain)  # type: ignore[type-var]
+    return msgspec.structs.replace(record, **cut.fields(values))  # type: ignore[type-var]
 
 
 class _Cut:
@@ -181,27 +256,52 @@ class _Cut:
     holds is read by the methods of the built-in class.
     """
 
-    def __init__(self, text: int, items: int) -> None:
-        """Prepare for one field of a record.
+    def __init__(
+        self, text: int, items: int, depth: int = _MAX_DEPTH, change: Callable[[str], str] | None = None
+    ) -> None:
+        """Prepare for one record, or one value.
 
         Args:
             text: how many characters of a text are kept.
             items: how many items of a collection are kept.
+            depth: how deep collections may nest.
+            change: what is done to each text before it is cut.
         """
         self._items = items
         self._text = text
-        self._left = _MAX_NODES
+        self._depth = depth
+        self._change = change
+        self._nodes = _MAX_NODES
+        self._room = 2 * MAX_LINE
+
+    def fields(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return a record's values as plain data.
+
+        Raises:
+            _TooLarge: they do not fit into a line, even so.
+        """
+        found = {}
+        for name, value in values.items():
+            self._nodes = _MAX_NODES
+            # an empty dict stays one: its field's type is dict
+            is_empty = not self._items and issubclass(type(value), dict)
+            found[name] = {} if is_empty else self.reduce(value)
+        return found
 
     def reduce(self, value: Any, depth: int = 0) -> Any:
-        """Return `value` as plain data; depth is how deep inside the record's field it stands."""
+        """Return `value` as plain data; depth is how deep inside the record's field it stands.
+
+        Raises:
+            _TooLarge: it does not fit into a line, even so.
+        """
         kind = type(value)
-        self._left -= 1
-        if self._left < 0:
+        self._nodes -= 1
+        if self._nodes < 0:
             return "…"
-        if kind in _ATOMS and kind is not int:
+        if value is None or kind is bool or kind is float:
             return value
         if issubclass(kind, enum.Enum):
-            return self.reduce(object.__getattribute__(value, "_value_"), depth)
+            return self._member(value, depth)
         if issubclass(kind, str):
             return self._shorten(str.__str__(value))
         if issubclass(kind, int):
@@ -210,37 +310,50 @@ class _Cut:
             return float.__float__(value)
         if issubclass(kind, _BYTES):
             return f"<{(bytes if issubclass(kind, bytes) else bytearray).__len__(value)} bytes>"
-        if kind in _LEAVES or _is_plain_time(value):
-            return value
+        if id(kind) in _FIXED or _is_plain_time(value):
+            return value if self._change is None else self._shorten(str(msgspec.to_builtins(value)))
         return self._collection(value, kind, depth)
 
+    def key(self, key: object) -> str:
+        """Return a key as text."""
+        return str(self.reduce(key, self._depth))
+
+    def _member(self, value: enum.Enum, depth: int) -> Any:
+        try:
+            return self.reduce(object.__getattribute__(value, "_value_"), depth)
+        except AttributeError:
+            return _placeholder(value)
+
     def _collection(self, value: Any, kind: type, depth: int) -> Any:
-        if depth >= _MAX_DEPTH:
+        if depth >= self._depth:
             return _placeholder(value)
         if issubclass(kind, dict):
             return self._dict(value, depth)
         for sequence in _SEQUENCES:
             if issubclass(kind, sequence):
-                return self._list(list(sequence.__iter__(value)), depth)
+                items = list(islice(sequence.__iter__(value), self._items))
+                return self._list(items, sequence.__len__(value), depth)
         fields = _fields(value)
         return self._dict(fields, depth) if fields is not None else _placeholder(value)
 
     def _dict(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
-        pairs = list(dict.items(value))
-        result = {self._key(key): self.reduce(item, depth + 1) for key, item in pairs[: self._items]}
-        if len(pairs) > self._items:
-            result["…"] = f"{len(pairs) - self._items} items cut"
+        pairs = list(islice(dict.items(value), self._items))
+        result = {self.key(key): self.reduce(item, depth + 1) for key, item in pairs}
+        if (size := dict.__len__(value)) > len(pairs):
+            result["…"] = f"{size - len(pairs)} items cut"
         return result
 
-    def _list(self, values: list[Any], depth: int) -> list[Any]:
-        plain = [self.reduce(item, depth + 1) for item in values[: self._items]]
-        return plain if len(values) <= self._items else [*plain, f"… {len(values) - self._items} items cut"]
-
-    def _key(self, key: object) -> str:
-        return str(self.reduce(key, _MAX_DEPTH))
+    def _list(self, items: list[Any], size: int, depth: int) -> list[Any]:
+        plain = [self.reduce(item, depth + 1) for item in items]
+        return plain if size <= len(items) else [*plain, f"… {size - len(items)} items cut"]
 
     def _shorten(self, text: str) -> str:
-        clean = text[: self._text].encode("utf-8", "replace").decode()
+        if self._change is not None:
+            text = self._change(text)
+        self._room -= min(len(text), self._text)
+        if self._room < 0:
+            raise _TooLarge
+        clean = _clean(text[: self._text])
         return clean if len(text) <= self._text else f"{clean}… [{len(text) - self._text} characters cut]"
 
 
@@ -251,9 +364,18 @@ def _number(value: int) -> int | str:
 
 def _fields(value: object) -> dict[str, Any] | None:
     """Return the values of a dataclass, if it keeps them in a `__dict__`."""
-    try:
-        type.__getattribute__(type(value), "__dataclass_fields__")
-        found = object.__getattribute__(value, "__dict__")
-    except AttributeError:
+    if _attribute(type(value), "__dataclass_fields__") is None:
         return None
+    own = _attribute(type(value), "__dict__")
+    if type(own) is not types.GetSetDescriptorType:  # slots, or something of the user's
+        return None
+    found = own.__get__(value)
     return found if type(found) is dict else None
+
+
+def _attribute(kind: type, name: str) -> object:
+    """Return what stands in a class under a name, or None, without asking it."""
+    for base in _mro_of(kind):
+        if name in (own := _dict_of(base)):
+            return own[name]
+    return None

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from . import content
+from .encoding import key_text
 from .ids import new_id
 from .records import LLMCall, RunEnded, RunStarted, RunUpdated, Step
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 MUTED = "muted"
 """The id of every run that is not recorded: what happens inside it is not recorded either."""
+
+_FOR_EVER = 1e11
+"""No Unix time in seconds that anybody means."""
 
 _current: ContextVar[Run | None] = ContextVar("waxell_run", default=None)
 
@@ -120,9 +124,8 @@ class Run:
         if collector is None:
             self._pid = os.getpid()
             return
-        inputs = self._inputs
-        if inputs and collector.settings.redact is not None:
-            inputs = content.redacted(collector.settings, inputs)
+        # What the user has handed over is compared with None alone: its truth may be the user's code.
+        inputs = content.redacted(collector.settings, self._inputs)
         started = self._unwritten = RunStarted(
             id=self.run_id,
             at=time.time(),
@@ -130,12 +133,12 @@ class Run:
             run_id=self.run_id,
             agent_name=self.agent_name,
             workflow_name=self.workflow_name,
-            inputs=inputs or {},
-            metadata=self._metadata or {},
-            session_id=self._session_id or "",
-            user_id=self._user_id or "",
-            user_group=self._user_group or "",
-            parent_run_id=self.parent_run_id or "",
+            inputs={} if inputs is None else inputs,
+            metadata={} if self._metadata is None else self._metadata,
+            session_id="" if self._session_id is None else self._session_id,
+            user_id="" if self._user_id is None else self._user_id,
+            user_group="" if self._user_group is None else self._user_group,
+            parent_run_id="" if self.parent_run_id is None else self.parent_run_id,
             root_run_id=self.root_run_id,
             trace_id=self.trace_id,
             task_id=self.task_id,
@@ -204,7 +207,7 @@ class Run:
         return {
             "error_type": content.error_type(error),
             "error_message": content.error_message(settings, error),
-            "traceback": content.format_traceback(settings, error.__traceback__),
+            "traceback": content.format_traceback(settings, content.traceback_of(error)),
         }
 
     def enter(self) -> None:
@@ -299,13 +302,13 @@ class Run:
         """Set a tag of this run; written at once, so that a killed run has it."""
         if self._collector is not None:
             value = content.redacted(self._collector.settings, value)
-            self._collector.record(RunUpdated, run_id=self.run_id, tags={key: value})
+            self._collector.record(RunUpdated, run_id=self.run_id, tags={key_text(key): value})
 
     def set_metadata(self, key: str, value: Any) -> None:
         """Set a metadata field of this run; written at once."""
         if self._collector is not None:
             value = content.redacted(self._collector.settings, value)
-            self._collector.record(RunUpdated, run_id=self.run_id, metadata={key: value})
+            self._collector.record(RunUpdated, run_id=self.run_id, metadata={key_text(key): value})
 
     def set_result(self, result: Any) -> None:
         """Set what the run has produced (plain data); written when it ends."""
@@ -372,9 +375,11 @@ def record_reported_call(
     if redact is not None:
         prompt_preview = content.redact_text(redact, prompt_preview)
         response_preview = content.redact_text(redact, response_preview)
-        fields = content.redacted(collector.settings, fields)
-    if "at" in fields:
-        at = fields.pop("at")
+        fields = {name: content.redacted(collector.settings, value) for name, value in fields.items()}
+    given = fields.pop("at", None)
+    kind = type(given)
+    if (kind is int or kind is float) and 0 <= given < _FOR_EVER:
+        at = given
     collector.write(
         LLMCall(
             id=new_id(),
