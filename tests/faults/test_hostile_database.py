@@ -1,6 +1,6 @@
 """Whatever happens to the database file: nothing is acknowledged that is not in it, and the server heals.
 
-Or it says why it cannot. The sender's side of it: what was answered with 503 stays in the sender's journal, and comes again.
+Or it says why it cannot. What was answered with 503 stays in the sender's journal, and comes again.
 """
 
 from __future__ import annotations
