@@ -20,6 +20,7 @@ import pytest
 from tests.faults.hostile import (
     ANSWER_S,
     API,
+    CLIENT,
     INGEST,
     NOW,
     Server,
@@ -366,7 +367,7 @@ def test_large_bodies_at_once_share_a_bounded_memory(server: Server) -> None:
     threads = [threading.Thread(target=send) for _ in range(40)]
     for thread in threads:
         thread.start()
-    assert httpx.get(f"{server.url}/api/stats", timeout=ANSWER_S).status_code == 200
+    assert CLIENT.get(f"{server.url}/api/stats", timeout=ANSWER_S).status_code == 200
     for thread in threads:
         thread.join()
     peak = server.memory_mib()
@@ -474,7 +475,7 @@ def test_clients_that_dawdle_are_cut_off_and_hold_up_nobody(tmp_path: Path) -> N
                     pass
                 except OSError:
                     cut.add(number)
-            answer = httpx.get(f"{server.url}/api/stats", timeout=10)
+            answer = CLIENT.get(f"{server.url}/api/stats")
             assert answer.status_code == 200
             return len(cut) == len(dawdlers)
 

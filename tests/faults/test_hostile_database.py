@@ -17,12 +17,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.faults.hostile import (
     ANSWER_S,
     API,
+    CLIENT,
     INGEST,
     call,
     cli,
@@ -365,13 +365,13 @@ def test_a_long_lock_holds_up_writes_for_seconds_and_reads_not_at_all(tmp_path: 
             reads = 0
             while not all(write.done() for write in writes):
                 for path in ("/", "/api/runs", "/runs/before"):
-                    assert httpx.get(server.url + path, timeout=schema.BUSY_S).status_code == 200
+                    assert CLIENT.get(server.url + path, timeout=ANSWER_S).status_code == 200
                     reads += 1
             answers = [write.result() for write in writes]
             other.execute("ROLLBACK")
         assert {status for status, _ in answers} == {503}
         assert max(seconds for _, seconds in answers) < 25  # a client waits for 30
-        assert reads > 10
+        assert reads >= 6
         assert server.said.count("the database refuses") <= 2
         server.send(*(started(f"r{number}") for number in range(10)))
         found("a write lock held by another process", reads_meanwhile=reads, writes_refused=len(answers))

@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
@@ -19,6 +18,7 @@ from tests.faults.hostile import (
     ANSWER_S,
     API,
     CLI,
+    CLIENT,
     INGEST,
     KEY,
     STATIC,
@@ -126,9 +126,11 @@ def test_every_route_opens_with_the_key(open_server: Server) -> None:
         assert right in (200, 400, 404), (method, path, right)
         by_browser = open_server.status(request(method, path, [("Authorization", basic(KEY))], body))
         assert by_browser == (401 if method == "POST" else right), (method, path)
-    challenge = httpx.get(open_server.url + "/")
+    challenge = CLIENT.get(open_server.url + "/")
     assert challenge.headers["www-authenticate"].startswith("Basic realm=")
-    assert "basic" not in httpx.get(open_server.url + "/api/runs").headers.get("www-authenticate", "").lower()
+    assert (
+        "basic" not in CLIENT.get(open_server.url + "/api/runs").headers.get("www-authenticate", "").lower()
+    )
 
 
 def own_addresses() -> list[str]:
@@ -148,9 +150,9 @@ def test_from_another_address_the_key_is_asked_for(open_server: Server) -> None:
     for address in own_addresses():
         url = f"http://{address}:{open_server.port}"
         for headers in ({}, {"Host": "127.0.0.1"}, {"Host": "localhost", "X-Forwarded-For": "127.0.0.1"}):
-            assert httpx.get(f"{url}/", headers=headers).status_code == 401
-            assert httpx.post(url + INGEST, content=b"", headers=headers).status_code == 401
-        assert httpx.get(f"{url}/api/runs", headers={"X-Wax-Key": KEY}).status_code == 200
+            assert CLIENT.get(f"{url}/", headers=headers).status_code == 401
+            assert CLIENT.post(url + INGEST, content=b"", headers=headers).status_code == 401
+        assert CLIENT.get(f"{url}/api/runs", headers={"X-Wax-Key": KEY}).status_code == 200
 
 
 def test_on_loopback_nobody_else_can_connect(server: Server) -> None:
@@ -190,9 +192,9 @@ def test_each_address_that_it_may_bind_answers(tmp_path: Path, host: str) -> Non
         pytest.skip("no IPv6 here")
     with serving(tmp_path, "--host", host, key=KEY if host == "::" else "") as server:
         url = server.url.replace("[::]", "[::1]")
-        assert httpx.get(f"{url}/api/runs", headers=server.headers).json() == {"runs": []}
-        assert httpx.get(f"{url}/api/runs").status_code == (401 if host == "::" else 200)
-        assert httpx.get(f"{url}/", headers={"Host": "evil.example"}).status_code == (
+        assert CLIENT.get(f"{url}/api/runs", headers=server.headers).json() == {"runs": []}
+        assert CLIENT.get(f"{url}/api/runs").status_code == (401 if host == "::" else 200)
+        assert CLIENT.get(f"{url}/", headers={"Host": "evil.example"}).status_code == (
             401 if host == "::" else 421
         )
 

@@ -68,7 +68,7 @@ def create_app(store: Store, *, api_key: str = "", ingest: bool = True, loopback
         headers = error.headers if isinstance(error, HTTPException) else None
         if isinstance(error, sqlite3.Error):  # a full disk, a locked file: worth another try later
             complaints.hear(str(error))
-            status, detail = 503, f"the database refuses: {error}"
+            status, detail, headers = 503, f"the database refuses: {error}", {"retry-after": "2"}
         if request.url.path.startswith(_CLIENTS) and status < 500:
             logger.warning("refused %s %.200r: %d, %.200r", request.method, request.url.path, status, detail)
         if request.url.path.startswith("/api/"):
