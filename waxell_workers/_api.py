@@ -29,6 +29,8 @@ def init(
     redact: Redactor | None = None,
     spool_dir: str | None = None,
     spool_limit: int | str | None = None,
+    spool_max_age: float | str | None = None,
+    fsync_interval: float | None = None,
     shipper: str | None = None,
     exporter: str | None = None,
     observe: bool | None = None,
@@ -53,6 +55,9 @@ def init(
         redact: a function from text to text, applied to all content before it is written.
         spool_dir: where the journal lives.
         spool_limit: the most that the spool may hold, in bytes, or as `64 MiB`.
+        spool_max_age: how long the backlog of a destination is kept that nobody uses any more, in seconds, or
+            as `7d` (7 days); 0 for ever.
+        fsync_interval: how often the journal is written through to the disk, in seconds; 0 (default): never.
         shipper: `auto`, `process`, `thread` or `external`.
         exporter: `waxell`.
         observe: False to switch everything off.

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from waxell_workers.core import ledger, segments, shipper
+from waxell_workers.core import ledger, quarantine, segments, shipper
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import MAX_LINE, decode, encode
 from waxell_workers.core.records import FORMAT_VERSION, STATES, LLMCall, Record, RunEnded, Step
@@ -103,7 +103,7 @@ def test_the_sizes_are_the_codes():
     """Segment, line, quarantine: in the units of the page."""
     assert f"has {shipper.SEGMENT_BYTES >> 20} MiB" in section("Segments")
     assert f"at most {MAX_LINE >> 10} KiB" in section("Records")
-    assert f"up to {shipper._QUARANTINE_BYTES >> 20} MiB each" in section("Directories")
+    assert f"up to {quarantine.FILE_BYTES >> 20} MiB each" in section("Directories")
     assert f"the last {ledger._REMEMBERED:,} ids" in section("The ledger")
 
 

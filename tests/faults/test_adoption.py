@@ -325,7 +325,7 @@ def test_an_adoption_that_the_server_does_not_take_keeps_everything(
     """Given a server that is down, `ship --adopt` says what remains, by its status too; the old key works."""
     keys.record(keys.old, "run('a', 1)")
     new.mode("503")
-    done = keys.command("ship", "--adopt", keys.old.destination, "--timeout", "1")
+    done = keys.command("ship", "--adopt", keys.old.destination, "--timeout", "6")
     assert (done.returncode, done.stdout) == (1, "delivered 0, pending 3, rejected 0\n")
     assert new.fired["503"]
     keys.ship(keys.old)

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 
 from .inspection import Walk, destinations, read_ledger
 from .liveness import Procs, ship_lock
+from .parking import remove_parked
 from .room import with_room
 from .segments import FIRST_LINE, create_segment, seal, segment_numbers, segment_path
+from .spool import used_here
 
 logger = logging.getLogger("waxell_workers.shipper")
 
@@ -170,6 +172,7 @@ def _remove(directory: str, procs: Procs, before: dict[int, int], used: float) -
         return
     for number in before:
         os.unlink(segment_path(directory, number))
+    remove_parked(directory)
     for name in ("reserve", "shipper.db", "shipper.db-wal", "shipper.db-shm", _NOTICE):
         _unlink(f"{directory}/{name}")
     logger.warning(
@@ -193,7 +196,7 @@ def _was_noticed(directory: str, used: float) -> bool:
 
 def _holds_anything(directory: str) -> bool:
     """True if there is more than the first line of a segment, which every destination keeps."""
-    return any(size > len(FIRST_LINE) for size in _sizes(directory).values())
+    return used_here(directory) > len(FIRST_LINE)
 
 
 def _sizes(directory: str) -> dict[int, int]:

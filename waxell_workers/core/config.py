@@ -51,6 +51,8 @@ class Settings:
     """0 stands for the smaller of 512 MiB and a tenth of the free space."""
     spool_max_age: float = 604_800.0
     """How long the backlog of a destination that nobody uses any more is kept; 0 for ever."""
+    fsync_interval: float = 0.0
+    """How often the journal is written through to the disk, against power loss; 0 for never."""
     shipper: str = "auto"
     exporter: str = "waxell"
 

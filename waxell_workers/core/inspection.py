@@ -22,6 +22,7 @@ import msgspec
 
 from .encoding import decode
 from .liveness import Holder, holder
+from .parking import arrived, parked_lines, parked_path
 from .records import FORMAT_VERSION, Record, TaskLost
 from .segments import (
     FIRST_LINE,
@@ -185,6 +186,8 @@ class LedgerState:
     """Ids above the cursor that have arrived."""
     recent: frozenset[str] = frozenset()
     """The last ids that the cursor has passed: what repeats are known by."""
+    parked: tuple[tuple[int, int, int], ...] = ()
+    """The runs that were moved aside: file, the place up to which it has arrived, and its end."""
     problem: str = ""
     """Why it cannot be read; the shipper then begins a new one and delivers the journal again."""
     exists: bool = True
@@ -253,7 +256,13 @@ def _state(db: sqlite3.Connection, *, thoroughly: bool) -> LedgerState:
         inode=row[2] if row else 0,
         acknowledged=frozenset(row[0] for row in db.execute("SELECT id FROM acknowledged")),
         recent=frozenset(row[0] for row in db.execute("SELECT id FROM recent")),
+        parked=tuple(db.execute("SELECT number, offset, size FROM parked") if _has_parking(db) else ()),
     )
+
+
+def _has_parking(db: sqlite3.Connection) -> bool:
+    """False if an older version made the ledger, and no newer one has opened it yet."""
+    return bool(db.execute("SELECT 1 FROM sqlite_master WHERE name = 'parked'").fetchone())
 
 
 @contextmanager
@@ -401,6 +410,7 @@ class Walk:
         start = self.ledger.start(self.directory)
         known = () if self.everything else self.ledger.recent
         seen: OrderedDict[str, None] = OrderedDict.fromkeys(known)
+        yield from self._parked()
         for number in segment_numbers(self.directory):
             try:
                 scan = SegmentScan(self.directory, number)
@@ -417,6 +427,16 @@ class Walk:
                         seen.popitem(last=False)
                     yield line
             self.segments.append(_report(scan))
+
+    def _parked(self) -> Iterator[Line]:
+        for number, offset, size in self.ledger.parked:
+            try:
+                for text, _ in parked_lines(parked_path(self.directory, number), offset, size):
+                    record = decode(text)
+                    if arrived(record.id) not in self.ledger.acknowledged:
+                        yield Line(record, text, Position(0, 0))
+            except (FileNotFoundError, msgspec.MsgspecError):  # delivered meanwhile, or damaged
+                continue
 
     def _is_pending(self, line: Line, start: Position) -> bool:
         return (

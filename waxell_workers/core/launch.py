@@ -38,7 +38,7 @@ _BOOT = (
 )
 _NEEDED = (
     *("api_key", "api_url", "exporter", "flush_interval", "flush_max_records"),
-    *("spool_limit", "spool_max_age"),
+    *("spool_limit", "spool_max_age", "fsync_interval"),
 )
 _NOT_INHERITED = (
     *("PYTHON", "OTEL_", "DD_", "NEW_RELIC_", "SENTRY_", "COVERAGE_", "COV_CORE_"),

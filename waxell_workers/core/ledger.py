@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -35,6 +35,11 @@ CREATE TABLE IF NOT EXISTS runs (
     automatic INTEGER NOT NULL, lost BLOB, ended_at REAL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owner (one INTEGER PRIMARY KEY CHECK (one = 1), destination TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS failing (run_id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS parked (
+    run_id TEXT PRIMARY KEY, number INTEGER NOT NULL, offset INTEGER NOT NULL, size INTEGER NOT NULL,
+    ended INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS runs_ended ON runs (ended_at);
 CREATE TABLE IF NOT EXISTS deaths (id TEXT PRIMARY KEY, times INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = 1;
@@ -69,6 +74,20 @@ class TrackedRun:
     def made_here(self) -> tuple[str, ...]:
         """The suffixes of the ids of records that a shipper may have made for this run."""
         return ("start", "killed", "end") if self.automatic else ("start", "killed")
+
+
+class ParkedRun(msgspec.Struct, frozen=True):
+    """A run that was moved aside (`parking`), and how much of its file is what."""
+
+    run_id: str
+    number: int
+    """The file's."""
+    offset: int
+    """Everything before it has arrived."""
+    size: int
+    """What is behind it was never committed."""
+    ended: bool
+    """True if its end is in the file."""
 
 
 class Ledger:
@@ -134,6 +153,15 @@ class Ledger:
         row = self._db.execute(f"SELECT {_COLUMNS} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         return _run(row) if row else None
 
+    def failing(self) -> set[str]:
+        """Return the runs that have failed while the server took others."""
+        return {row[0] for row in self._db.execute("SELECT run_id FROM failing")}
+
+    def parked(self) -> list[ParkedRun]:
+        """Return the runs that were moved aside."""
+        rows = self._db.execute("SELECT run_id, number, offset, size, ended FROM parked")
+        return [ParkedRun(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows]
+
     def grouped(self) -> dict[str, str]:
         """Return the calls that were put into automatic runs and are not delivered: call id to run id."""
         return dict(self._db.execute("SELECT call_id, run_id FROM grouped").fetchall())
@@ -157,6 +185,8 @@ class Ledger:
         done_above: Iterable[str],
         passed: Iterable[str],
         runs: Iterable[TrackedRun],
+        parked: Mapping[str, ParkedRun | None],
+        failing: Mapping[str, bool],
     ) -> None:
         """Write down what a batch has achieved, all or nothing.
 
@@ -166,10 +196,13 @@ class Ledger:
             done_above: ids above the cursor that have arrived since the last commit.
             passed: ids that the cursor has passed since then.
             runs: runs that have changed.
+            parked: parked runs that have changed; None for those that are no longer parked.
+            failing: runs that have begun to fail while the server took others; False if they no longer do.
         """
         place = (cursor.segment, inode, cursor.offset)
         above, gone = [(i,) for i in done_above], [(i,) for i in passed]
-        with_room(self._directory, lambda: self._commit(place, above, gone, list(runs)))
+        changed = list(runs)
+        with_room(self._directory, lambda: self._commit(place, above, gone, changed, parked, failing))
 
     def _commit(
         self,
@@ -177,6 +210,8 @@ class Ledger:
         above: list[tuple[str]],
         gone: list[tuple[str]],
         runs: list[TrackedRun],
+        parked: Mapping[str, ParkedRun | None],
+        failing: Mapping[str, bool],
     ) -> None:
         scarce = not reserve.is_kept(self._directory)
         with self._db:
@@ -185,6 +220,18 @@ class Ledger:
             self._db.executemany("DELETE FROM acknowledged WHERE id = ?", gone)
             self._db.executemany("DELETE FROM grouped WHERE call_id = ?", gone)
             self.remember(gone)
+            for run_id, fails in failing.items():
+                how = (
+                    "INSERT OR IGNORE INTO failing VALUES (?)"
+                    if fails
+                    else "DELETE FROM failing WHERE run_id = ?"
+                )
+                self._db.execute(how, (run_id,))
+            self._db.executemany("DELETE FROM parked WHERE run_id = ?", [(run_id,) for run_id in parked])
+            self._db.executemany(
+                "INSERT INTO parked VALUES (?, ?, ?, ?, ?)",
+                [msgspec.structs.astuple(row) for row in parked.values() if row is not None],
+            )
             for run in runs:
                 if scarce and run.delivered:
                     self._db.execute("DELETE FROM runs WHERE run_id = ?", (run.run_id,))

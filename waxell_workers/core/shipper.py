@@ -18,21 +18,20 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, cast
 
-import msgspec
-
-from . import reserve
+from . import quarantine, reserve
 from .abandoned import Sweeper, close_off
 from .caution import REASON, Caution
 from .config import Settings
-from .encoding import to_json
 from .exporting import Exporter, Outcome, RunBatch
 from .ledger import Ledger
 from .listener import Listener, Waiter
 from .liveness import Procs, ship_lock
+from .parking import Parking
 from .reader import Entry, NewerJournal, Reader
 from .records import Record, RunStarted
 from .room import is_lack_of_room, is_passing, with_room
 from .segments import FIRST_LINE
+from .syncing import Syncer
 from .tracking import Tracker, unknown
 from .values import EXPORTERS
 from .window import Backoff, Window
@@ -59,7 +58,6 @@ _ROOM_S = 1.0
 _LISTEN_S = 5.0
 """How often one that cannot take flush requests, as where no file can be made, tries to."""
 _TIDY_S = 60.0
-_QUARANTINE_BYTES = 16 << 20
 _NO_RECORD_S_FAULT = (OSError, sqlite3.Error, ImportError, NewerJournal, KeyboardInterrupt, SystemExit)
 """What may end a shipper whatever it has in hand; anything else may be a bug that a record has hit."""
 
@@ -91,6 +89,7 @@ class Shipper:
         self._progress = progress
         self._adopts = adopts
         self._sweeper = Sweeper(directory, settings.spool_max_age)
+        self._syncer = Syncer(directory, settings.fsync_interval)
         self._wake = threading.Event()
         self._stop_by: float | None = None
         self._terminated = False
@@ -215,7 +214,6 @@ class Shipper:
     def _open(self) -> None:
         self._read_all = False
         self._torn = 0
-        self._window = Window()
         self._procs = Procs(self._directory)
         reserve.keep(self._directory)
         self._ledger = Ledger(self._directory)
@@ -226,7 +224,13 @@ class Shipper:
         self._reader = Reader(self._directory, *self._ledger.cursor(), last=last)
         self._closing.callback(self._reader.close)
         self._closing.callback(self._sweeper.close)
-        self._tracker = Tracker(self._ledger, self._window, self._reader, self._procs, adopted=not at_home)
+        self._closing.callback(self._syncer.close)
+        self._syncer.start()
+        self._window = Window(self._ledger.failing())
+        self._parking = Parking(self._directory, self._ledger)
+        self._tracker = Tracker(
+            *(self._ledger, self._window, self._reader, self._procs, self._parking), adopted=not at_home
+        )
         self._caution = Caution(self._directory, self._ledger)
         self._closing.callback(self._caution.close)
         self._exporter = load_exporter(self._settings)
@@ -303,7 +307,7 @@ class Shipper:
         self._wake.clear()
 
     def _is_drained(self) -> bool:
-        return self._read_all and not self._window.pending and not self._tracker.loose
+        return self._read_all and not self._known and not self._parking.count()
 
     def _is_finished(self) -> bool:
         return self._is_drained() and not self._tracker.any_open()
@@ -350,7 +354,7 @@ class Shipper:
     def _read(self) -> None:
         self._reader.follow()
         self._read_all = False
-        while not self._window.is_full(self._tracker.loose, self._tracker.loose_bytes):
+        while not self._window.is_full(self._tracker.loose, self._tracker.loose_bytes) or self._park():
             entries = self._reader.read()
             if not entries:
                 self._read_all = True
@@ -363,24 +367,46 @@ class Shipper:
         if not self._known:
             self._pending_since = time.monotonic()
 
+    def _park(self) -> bool:
+        """Move runs that fail aside, so that reading goes on; false if there are none, or no room."""
+        parked: list[str] = []
+        for run_id in self._window.failing(self._parking):
+            if run_id not in self._parking and self._parking.is_full:
+                continue
+            try:
+                entries = self._window.entries(run_id)
+                self._parking.park(run_id, entries, ended=self._tracker.has_ended(run_id))
+            except OSError as error:
+                if not is_lack_of_room(error):
+                    raise
+                break
+            self._window.withdraw(run_id)
+            parked += [entry.id for entry in entries]
+        if parked:
+            self._tracker.commit(parked)
+            self._tracker.delete_finished_segments()
+        return bool(parked)
+
     @property
     def pending(self) -> int:
         """Records that have not arrived, as far as they were read; at least 1 where some were not."""
         if self.unreadable or not self._opened:
             return 1
-        return max(int(not self._read_all), self._known)
+        return max(int(not self._read_all), self._known + self._parking.count())
 
     @property
     def _known(self) -> int:
         return self._window.pending + self._tracker.loose
 
     def _is_due(self, waiters: list[Waiter]) -> bool:
-        if not self._known or not self._may_send():
+        parked_is_due = self._parking.is_due()
+        if not (self._known or parked_is_due) or not self._may_send():
             return False
         if waiters or self._stop_by is not None or not self._procs_alive_or_stay():
             return True
         return (
             self._known >= self._settings.flush_max_records
+            or parked_is_due
             or self._window.pending_bytes >= BATCH_BYTES
             or time.monotonic() - self._pending_since >= self._settings.flush_interval
         )
@@ -404,8 +430,19 @@ class Shipper:
         self._tracker.group_loose()
         if self._in_a_hurry():
             self._window.ignore_backoff()
+        self._export_from(lambda most: self._window.take(most, self._parking))
+        if self._stop_by is not None or not self._procs_alive_or_stay():
+            self._parking.ignore_backoff(_HURRY_S)
+        if self._may_send():
+            self._export_from(self._take_parked)
+
+    def _take_parked(self, most: int) -> dict[str, list[Entry]]:
+        taken = self._parking.take(most)
+        return {run_id: self._tracker.resume(run_id, entries) for run_id, entries in taken.items()}
+
+    def _export_from(self, take: Callable[[int], dict[str, list[Entry]]]) -> None:
         while True:
-            taken = self._window.take(self._settings.flush_max_records)
+            taken = take(self._settings.flush_max_records)
             if fatal := self._caution.given_up(taken):
                 self._give_up(fatal)
                 continue
@@ -434,13 +471,13 @@ class Shipper:
 
     def _settle(self, taken: dict[str, list[Entry]], outcome: Outcome) -> bool:
         """Take the outcome to heart; true if it is worth going on at once."""
-        only_failing = all(self._window.has_failed(run_id) for run_id in taken)
+        only_failing = all(run_id in self._parking or self._window.has_failed(run_id) for run_id in taken)
         done, left = self._book(taken, outcome)
         # What fails alone, while the server takes the rest, says nothing of the server.
         server_fails = bool(outcome.error) and not done and (self._server.failures > 0 or not only_failing)
         if not server_fails:
             for run_id in left:
-                self._window.failed(run_id, outcome.retry_after_s)
+                self._keeper(run_id).failed(run_id, outcome.retry_after_s)
         self._note(outcome, server_fails=server_fails)
         return bool(done) and not outcome.paused and not outcome.error
 
@@ -456,6 +493,7 @@ class Shipper:
     def _book(self, taken: dict[str, list[Entry]], outcome: Outcome) -> tuple[list[str], list[str]]:
         """Write down what has arrived or was given up; return those ids, and the runs with something left."""
         done: list[str] = []
+        from_journal: list[str] = []
         left: list[str] = []
         waiters = self._listener.waiters() if self._listener is not None else []
         for run_id, entries in taken.items():
@@ -473,16 +511,21 @@ class Shipper:
                     self.delivered += 1
                 self._tracker.delivered(run_id, record)
             ids = {entry.id for entry in settled}
-            self._window.arrived(run_id, ids)
+            if run_id not in self._parking:
+                from_journal += ids
+            self._keeper(run_id).arrived(run_id, ids)
             done += ids
             if len(ids) < len(entries):
                 self._tracker.changed(run_id)
                 left.append(run_id)
-        self._tracker.commit(done)
+        self._tracker.commit(from_journal)
         self._tracker.delete_finished_segments()
         self._caution.put_down()
         self._caution.survived(done)
         return done, left
+
+    def _keeper(self, run_id: str) -> Window | Parking:
+        return self._parking if run_id in self._parking else self._window
 
     def _note(self, outcome: Outcome, *, server_fails: bool) -> None:
         self._named_time = outcome.retry_after_s is not None or bool(outcome.paused)
@@ -501,14 +544,11 @@ class Shipper:
         self._warned = trouble
 
     def _quarantine(self, record: Record, reason: str) -> None:
-        line = msgspec.json.encode(
-            {"reason": reason, "at": time.time(), "record": msgspec.Raw(to_json(record))}
-        )
-        path = f"{self._directory}/quarantine.ndjson"
         try:
-            with_room(self._directory, lambda: _append(path, line + b"\n"))
+            path = quarantine.keep(self._directory, record, reason)
         except OSError as error:
-            logger.error("a rejected record could not be kept: %s", error)
+            logger.error("a rejected record (%s) could not be kept: %s", record.id, error)
+            return
         # The reason may be the server's own text, which may quote content: it stays in the file.
         whose = "no shipper survives" if reason == REASON else "the server rejected"
         logger.warning("%s a record (%s); it is in %s", whose, record.id, path)
@@ -522,7 +562,8 @@ class Shipper:
             waiter.dropped += self._tell(waiter.token)
             # What was not read yet is not known: at the deadline, 0 would be taken for "delivered".
             has_read = self._reader.position >= waiter.upto
-            waiter.pending = self._window.count(waiter.token, waiter.upto) if has_read else -1
+            known = self._window.count(waiter.token, waiter.upto) + self._parking.count(waiter.token)
+            waiter.pending = known if has_read else -1
             if waiter.pending == 0 and self._listener is not None:
                 self._listener.fulfil(waiter)
 
@@ -548,17 +589,6 @@ class Shipper:
             except FileNotFoundError:
                 continue
         self._ledger.forget_ended_runs()
-
-
-def _append(path: str, line: bytes) -> None:
-    if os.path.exists(path) and os.path.getsize(path) > _QUARANTINE_BYTES:
-        os.replace(path, f"{path}.1")
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if os.write(descriptor, line) != len(line):
-            raise OSError(errno.ENOSPC, "a line was written in part", path)
-    finally:
-        os.close(descriptor)
 
 
 def _credit(waiters: list[Waiter], entry: Entry) -> None:

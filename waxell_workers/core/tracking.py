@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import cast
 
 import msgspec
 
@@ -16,6 +17,7 @@ from .exporting import RunState
 from .ids import new_id
 from .ledger import Ledger, TrackedRun
 from .liveness import Procs
+from .parking import Parking
 from .reader import Entry, Reader
 from .records import LLMCall, Record, RunEnded, RunStarted, TaskLost
 from .segments import Position
@@ -32,7 +34,14 @@ class Tracker:
     """Everything that is known about the runs of one destination."""
 
     def __init__(
-        self, ledger: Ledger, window: Window, reader: Reader, procs: Procs, *, adopted: bool = False
+        self,
+        ledger: Ledger,
+        window: Window,
+        reader: Reader,
+        procs: Procs,
+        parking: Parking,
+        *,
+        adopted: bool = False,
     ) -> None:
         """Take up where the ledger says.
 
@@ -41,9 +50,11 @@ class Tracker:
             window: where records go.
             reader: where they come from.
             procs: who lives.
+            parking: the runs that were moved aside.
             adopted: True if the records go elsewhere than they were meant to: there, no run has begun.
         """
         self._ledger = ledger
+        self._parking = parking
         self._adopted = adopted
         self._begun: set[str] = set()
         """Of an adopted journal: the runs whose beginning was read, or made again."""
@@ -68,7 +79,9 @@ class Tracker:
         """Records that were read twice and dropped once."""
         for run in ledger.open_runs():
             self._runs[run.run_id] = run
-            if run.automatic:
+            if run.run_id in parking:
+                run.ended = run.automatic or run.run_id in parking.ended
+            elif run.automatic:
                 self._add_automatic(run)
 
     # -- what is read --------------------------------------------------------------------------
@@ -145,12 +158,28 @@ class Tracker:
 
     def _begin_again(self, run: TrackedRun) -> None:
         """Have a run begin here that has begun, so far, where the journal was meant to go."""
+        for entry in self._beginning(run):
+            self._window.add(run.run_id, entry, cast(Record, entry.record), first=True)
+
+    def _beginning(self, run: TrackedRun) -> list[Entry]:
         if run.run_id in self._begun:
-            return
+            return []
         self._begun.add(run.run_id)
         started = msgspec.structs.replace(run.state.started, id=f"{run.run_id}-start")
-        if started.id not in self._acknowledged:
-            self._window.add(run.run_id, Entry(started, started.id, 0, None, 0), started, first=True)
+        return [] if started.id in self._acknowledged else [Entry(started, started.id, 0, None, 0)]
+
+    def resume(self, run_id: str, entries: list[Entry]) -> list[Entry]:
+        """Know a parked run again; return what is to be sent of it."""
+        first = cast(Record, entries[0].record)
+        if isinstance(first, RunStarted):
+            self._begin(first)
+            return entries
+        run = self._runs.get(run_id) or self._run_of(run_id, first)
+        return [*self._beginning(run), *entries] if self._adopted else entries
+
+    def has_ended(self, run_id: str) -> bool:
+        """True if a run's end was read or made."""
+        return run_id in self._runs and self._runs[run_id].ended
 
     # -- the dead ------------------------------------------------------------------------------
 
@@ -295,18 +324,21 @@ class Tracker:
         """Move the cursor over what has arrived and write the state down, in one transaction.
 
         Args:
-            done: ids that have arrived, or were given up, since the last commit.
+            done: ids that have arrived, were given up, or were moved aside, since the last commit.
         """
         passed = self._window.pass_arrived()
         if passed and passed[-1].end is not None:
             self._cursor = passed[-1].end
         if self._window.nothing_followed:
             self._cursor = self._reader.position
-        gone = [entry.id for entry in passed]
-        done, self._begun_there = [*done, *self._begun_there], []
+        parked, noted, no_longer = self._parking.to_commit()
+        gone = [*(entry.id for entry in passed), *no_longer]
+        done, self._begun_there = [*done, *noted, *self._begun_there], []
         self._acknowledged.update(done)
         finished = [
-            run for run in self._changed.values() if run.delivered and not self._window.has(run.run_id)
+            run
+            for run in self._changed.values()
+            if run.delivered and not self._window.has(run.run_id) and run.run_id not in self._parking
         ]
         # These have no place in the journal that the cursor could pass.
         gone += [f"{run.run_id}-{made}" for run in finished for made in run.made_here]
@@ -317,7 +349,10 @@ class Tracker:
             done_above=above.intersection(done),
             passed=gone,
             runs=self._changed.values(),
+            parked=parked,
+            failing=self._window.newly,
         )
+        self._window.newly = {}
         for run in finished:
             self._runs.pop(run.run_id, None)
             self._begun.discard(run.run_id)

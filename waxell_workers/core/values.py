@@ -167,6 +167,7 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "spool_dir": _path,
     "spool_limit": _size,
     "spool_max_age": _age,
+    "fsync_interval": _seconds,
     "shipper": _one_of(*SHIPPERS),
     "exporter": _one_of(*EXPORTERS),
 }

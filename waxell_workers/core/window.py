@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from .reader import Entry
@@ -21,6 +22,8 @@ _MOST_BYTES = 16 << 20
 _MOST_TAKEN_BYTES = 4 << 20
 _MOST_PASSED = 100_000
 _BACKOFF_FIRST_S = 0.5
+_FAILING = 2
+"""After so many attempts that came to nothing, a run may be moved aside."""
 _BACKOFF_MOST_S = 15.0
 
 
@@ -30,13 +33,19 @@ class Backoff:
 
     failures: int = 0
     until: float = 0.0
+    most_s: float = 0.0
+    """The longest wait, if it is not the usual one."""
 
     def fail(self, retry_after_s: float | None = None) -> None:
         """Count a failure and choose the next attempt's time."""
         self.failures += 1
-        longest = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10))
+        longest = min(self.most_s or _BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10))
         wait = max(random.uniform(0, longest), retry_after_s or 0.0)
         self.until = time.monotonic() + wait
+
+    def is_over(self) -> bool:
+        """True if it may be tried again."""
+        return self.until <= time.monotonic()
 
     def clear(self) -> None:
         """Forget the failures."""
@@ -53,8 +62,16 @@ class _Queue:
 class Window:
     """What is read and on its way."""
 
-    def __init__(self) -> None:
+    def __init__(self, failing: Iterable[str] = ()) -> None:
+        """Begin with nothing.
+
+        Args:
+            failing: runs that have failed before, while the server took others.
+        """
         self._queues: dict[str, _Queue] = {}
+        self._failing = set(failing)
+        self.newly: dict[str, bool] = {}
+        """Runs that have begun to fail since this was emptied, or (False) no longer do."""
         self._order: deque[Entry] = deque()
         self.pending = 0
         """Records that have not arrived."""
@@ -83,7 +100,9 @@ class Window:
             first: put it before what is already there.
         """
         entry.record = record
-        queue = self._queues.setdefault(run_id, _Queue())
+        queue = self._queues.get(run_id)
+        if queue is None:
+            queue = self._queues[run_id] = _Queue(backoff=Backoff(failures=int(run_id in self._failing)))
         if first:
             queue.entries.appendleft(entry)
         else:
@@ -100,13 +119,17 @@ class Window:
         """True if the cursor has passed everything that was read."""
         return not self._order
 
-    def take(self, most: int) -> dict[str, list[Entry]]:
-        """Return up to `most` records that may be sent now, by run and in order; fewer if they are large."""
-        now = time.monotonic()
+    def take(self, most: int, held: Container[object] = ()) -> dict[str, list[Entry]]:
+        """Return up to `most` records that may be sent now, by run and in order; fewer if they are large.
+
+        Args:
+            most: how many.
+            held: runs of which older records wait elsewhere.
+        """
         taken: dict[str, list[Entry]] = {}
         room = _MOST_TAKEN_BYTES
         for run_id, queue in self._queues.items():
-            if queue.backoff.until > now:
+            if not queue.backoff.is_over() or run_id in held:
                 continue
             for entry in queue.entries:
                 if most <= 0 or room <= 0:
@@ -124,13 +147,35 @@ class Window:
             return []
         queue.entries = deque(entry for entry in queue.entries if entry.id not in ids)
         queue.backoff.clear()
+        if run_id in self._failing:
+            self._failing.discard(run_id)
+            self.newly[run_id] = False
         if not queue.entries:
             del self._queues[run_id]
-        for entry in gone:
+        self._forget(gone)
+        return gone
+
+    def _forget(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
             entry.record = None
             self.pending -= 1
             self.pending_bytes -= entry.size
-        return gone
+
+    def failing(self, held: Container[object]) -> list[str]:
+        """Return the runs that have failed again and again, and those whose older records wait elsewhere."""
+        return [
+            run_id
+            for run_id, queue in self._queues.items()
+            if queue.backoff.failures >= _FAILING or run_id in held
+        ]
+
+    def entries(self, run_id: str) -> list[Entry]:
+        """Return what is pending of a run."""
+        return list(self._queues[run_id].entries)
+
+    def withdraw(self, run_id: str) -> None:
+        """Let go of a run that is kept elsewhere: the cursor may pass it."""
+        self._forget(self._queues.pop(run_id).entries)
 
     def has_failed(self, run_id: str) -> bool:
         """True if this run's last attempt came to nothing."""
@@ -140,6 +185,9 @@ class Window:
         """Leave a run alone for a while."""
         if run_id in self._queues:
             self._queues[run_id].backoff.fail(retry_after_s)
+            if run_id not in self._failing:
+                self._failing.add(run_id)
+                self.newly[run_id] = True
 
     def ignore_backoff(self) -> None:
         """Let every run be tried again at once: somebody waits for it."""
