@@ -105,7 +105,7 @@ def call(call: LLMCall) -> dict[str, Any]:
         "task": task(call),
         "prompt_preview": call.prompt[:PREVIEW],
         "response_preview": call.response[:PREVIEW],
-        "status": call.status,
+        "status": "error" if call.status == "error" else "ok",  # a user may say anything
         "error_type": call.error_type,
         "error_message": call.error_message,
     }
