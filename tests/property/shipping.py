@@ -57,10 +57,8 @@ def model_exporter() -> Iterator[pytest.MonkeyPatch]:
 
 
 def close_as_the_kernel_would(shipper: Shipper) -> None:
-    """Close what a shipper has open that died, or never closes, and let go of its lock."""
-    if shipper._opened:
-        shipper._reader.close()
-        shipper._ledger.close()
+    """Close what a shipper has open that died, or never closes, end its threads, and let go of its lock."""
+    shipper._close()
     liveness.ship_lock(shipper._directory).release()
 
 
