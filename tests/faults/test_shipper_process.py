@@ -502,12 +502,17 @@ def test_two_kills_at_a_record_prove_nothing(
     note = Path(destination.directory, "in_hand")
     site = a_copy_of_the_package(tmp_path / "site", caution=SOONER)
     monkeypatch.setattr(caution, "_CALM_S", 0.5)
-    for number in range(2):
+    deaths = 0
+    for _ in range(12):  # on a busy machine the moment may pass before the signal comes
+        before = server.fired["hang"]
         shipper = start_shipper(order, PYTHONPATH=str(site))
-        await_(lambda: server.fired["hang"] > number, "request", 60)  # noqa: B023
+        await_(lambda: server.fired["hang"] > before, "request", 60)  # noqa: B023
         shipper.kill()
         shipper.wait()
-        assert note.read_text() == "a-s\n"
+        deaths += note.read_text() == "a-s\n"
+        if deaths == 2:
+            break
+    assert deaths == 2
     server.mode("healthy")
     destination.ship()
     assert [run.client_id for run in server.runs.values()] == ["a"]

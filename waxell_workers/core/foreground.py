@@ -40,7 +40,8 @@ def main() -> None:
     known = {field.name for field in fields(Settings)} & order["settings"].keys()
     settings = Settings(**{name: order["settings"][name] for name in known})
     _log_to(f"{directory}/shipper.log")
-    preload(settings)  # later, an upgrade or a removal of the release would change what there is to import
+    # Later, an upgrade or a removal of the release would change what there is to import; but nobody waits.
+    threading.Thread(target=preload, args=(settings,), name="waxell-preload", daemon=True).start()
     shipper = Shipper(settings, directory, stay=False)
     _on_signal(shipper.terminate, repeatedly=True)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # sent to whole trees, to have them reload
