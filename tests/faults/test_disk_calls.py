@@ -32,7 +32,7 @@ from tests.faulty import FaultyServer
 from tests.harness import await_
 from tests.torture import effort, found
 from waxell_workers.core import journal as journals
-from waxell_workers.core import liveness
+from waxell_workers.core import liveness, spool
 from waxell_workers.core import shipper as shipping
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
@@ -330,3 +330,54 @@ def ships_with_few_inodes(server: FaultyServer, disk: Path) -> bool:
     assert set(taken) | {"d"} <= {call["model"] for call in server.calls}
     collector.shutdown(5)
     return at_once
+
+
+# -- another directory in its place ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["destination", "root"])
+def test_a_link_in_the_place_of_a_spool_that_was_removed_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """Given a worker whose spool is removed, and a link to somebody else's directory planted there, nothing
+    is written behind the link, and records are counted as lost, until the link has gone."""
+    monkeypatch.setattr(journals, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(journals, "_LOOK_S", 0.0)
+    monkeypatch.setattr(spool, "candidates", lambda settings: [str(tmp_path / "state" / "waxell-workers")])
+    collector = Collector(Settings(api_url="http://127.0.0.1:9", shipper="external"))
+    assert collector.record(LLMCall, model="a")
+    directory = Path(collector.journal.directory)
+    place = directory if level == "destination" else directory.parent
+    theirs = tmp_path / "theirs"
+    shutil.copytree(place, theirs)
+    before = sorted((path, path.stat().st_size) for path in theirs.rglob("*"))
+    shutil.rmtree(place)
+    place.symlink_to(theirs)
+    assert not collector.record(LLMCall, model="b")
+    assert collector.stats().dropped == {"spool_unavailable": 1}
+    assert sorted((path, path.stat().st_size) for path in theirs.rglob("*")) == before
+    place.unlink()
+    assert collector.record(LLMCall, model="c")
+    assert models(collector.journal.directory) == ["c"]
+
+
+def test_a_shipper_whose_directory_was_replaced_leaves_it_to_another(tmp_path: Path) -> None:
+    """Given a spool that is moved away and made anew at once, the old shipper leaves, and lets go."""
+    with FaultyServer() as server:
+        destination = Destination(server, tmp_path)
+        shipper = Shipper(destination.settings, destination.directory, stay=True)
+        thread = threading.Thread(target=shipper.run)
+        thread.start()
+        try:
+            lock = liveness.ship_lock(destination.directory)
+            await_(lambda: lock.held, "the lock")
+            os.rename(tmp_path / "spool", tmp_path / "elsewhere")
+            assert lock.is_in_place() is False
+            assert destination.collector.journal.open() == destination.directory
+            thread.join(20)
+            assert not thread.is_alive()
+        finally:
+            shipper.stop(time.monotonic())
+            thread.join(20)
+        assert not lock.held
+        assert not lock.taken()

@@ -28,6 +28,7 @@ from tests.harness import environment, start_server
 from tests.torture import effort, found
 from waxell_workers import WaxellContext
 from waxell_workers.core import collector as collecting
+from waxell_workers.core import tasks
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import MAX_LINE
@@ -271,6 +272,19 @@ def test_the_local_server_takes_it_and_shows_it(
     with httpx.Client(base_url=server.url, trust_env=False, timeout=30) as client:
         for run in runs[:: effort(40, 1)]:
             assert client.get(f"/runs/{run['run_id']}").status_code == 200
+
+
+@pytest.mark.parametrize("enqueued_at", [10**400, -1, float("nan"), float("inf"), "now", [1], True])
+def test_a_message_with_a_time_that_is_none_has_no_waiting_time(
+    collector: Collector, enqueued_at: Any
+) -> None:
+    """Whoever can enqueue a task cannot keep it from being recorded by what the message says."""
+    message = {"waxell": {"enqueued_at": enqueued_at, "parent": [1], "root": 5}, "traceparent": 7}
+    attempt = tasks.prepare(tasks.Task("celery", "task", "id", message=message), tasks.options_of())
+    tasks.begin(attempt)
+    tasks.task_ended(attempt, "success")
+    [start] = records(collector, "run_started")
+    assert enqueued_at is True or "wait_s" not in start["metadata"]
 
 
 # -- errors ------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ TRACEPARENT = "traceparent"
 """W3C Trace Context, level 1: `00-<32 hex trace id>-<16 hex span id>-<2 hex flags>`."""
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")
+_CLOCKS_S = 3600.0
+"""How far the clock of whoever has enqueued a task may be ahead of ours."""
 _LIMIT_MARGIN_S = 0.5
 """A flush ends this long before a framework's hard limit would kill the process."""
 _OPTIONS = "__waxell_options__"
@@ -354,7 +356,9 @@ def worker_stopping(spent_s: float = 0.0) -> None:
 def _metadata(task: Task, carried: Mapping[str, Any]) -> dict[str, Any]:
     now = time.time()
     enqueued_at = carried.get("enqueued_at")
-    enqueued_at = enqueued_at if isinstance(enqueued_at, (int, float)) else None
+    # Whoever can enqueue can write what he likes there: a number without end, for one.
+    known = isinstance(enqueued_at, (int, float)) and 0 <= enqueued_at <= now + _CLOCKS_S
+    enqueued_at = enqueued_at if known else None
     since = max(enqueued_at or 0.0, task.eta or 0.0)
     metadata = {
         "framework": task.framework,
