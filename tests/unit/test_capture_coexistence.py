@@ -196,7 +196,7 @@ def described(spans: Any) -> list[dict[str, Any]]:
 def stable(call: dict[str, Any]) -> dict[str, Any]:
     assert call["at"] > 0
     assert call["duration_ms"] > 0
-    varying = ("at", "duration_ms", "ttft_ms", "response_id")
+    varying = ("id", "at", "duration_ms", "ttft_ms", "response_id")
     return {name: value for name, value in call.items() if name not in varying}
 
 

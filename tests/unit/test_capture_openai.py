@@ -188,6 +188,7 @@ STREAMED = (
 
 def assert_told(call: dict[str, Any], *, streamed: bool, began: float) -> None:
     assert began <= call.pop("at") <= time.time()
+    assert len(call.pop("id")) == 32
     assert 0 < call["duration_ms"] < 60_000
     ttft_ms, duration_ms = call.pop("ttft_ms"), call.pop("duration_ms")
     assert (0 < ttft_ms <= duration_ms) if streamed else ttft_ms is None

@@ -43,7 +43,8 @@ def install(
 
     Arguments:
         sink: called once per finished call, in the thread in which it ends, with `LLMCall`'s fields except
-            `id` and `proc` as keyword arguments. It must neither block nor raise.
+            `proc` as keyword arguments; after an interrupt once more, with the same `id`. It must neither
+            block nor raise.
         names: the SDKs to listen to; None for every supported one, () for none.
         capture_content: whether prompts, responses and the full text of errors are passed on.
         redact: applied to each of these texts before the sink sees it. A failure of its costs the text; an

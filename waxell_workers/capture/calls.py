@@ -27,7 +27,7 @@ class Listener:
     """Who hears about calls, and how much."""
 
     sink: Sink
-    """Called once per finished call with the fields of `LLMCall`, except `id` and `proc`."""
+    """Called once per finished call with the fields of `LLMCall`, except `proc`."""
     current_run: Callable[[], str]
     """Returns the id of the run that is current in the calling context, or an empty string."""
     capture_content: bool = False

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from contextvars import Token
 from typing import Any
 
-from opentelemetry.context import Context, attach, detach, get_current
+from opentelemetry import context as otel
+from opentelemetry.context import Context, attach, get_current
 from wrapt import ObjectProxy
 
 from . import semconv
@@ -38,6 +39,20 @@ BUGS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueEr
 """What a defect of an instrumentor raises. No interrupt of a task framework is among them."""
 
 Wrapper = Callable[..., Any]
+
+
+def detach(token: Token[Context]) -> None:
+    """Restore the context that was current before `attach`; by OpenTelemetry's own way only where it must be.
+
+    That catches and logs every `Exception` that surfaces in it, a soft time limit too.
+    """
+    if type(token) is not Token:  # a runtime context of the user's choice
+        otel.detach(token)
+        return
+    try:
+        token.var.reset(token)
+    except ValueError:  # a coroutine that another context closes
+        pass
 
 
 class _Method:

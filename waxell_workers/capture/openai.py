@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -148,7 +147,9 @@ def _classes() -> frozenset[type]:
 
 _layers: dict[bool, _Instrumentor] = {}
 """By whether content is collected: that is settled when methods are wrapped, and wrappers stay."""
-_claim = threading.Lock()
+_CLAIM = "openai"
+_claims: dict[str, object] = {}
+"""The claim of the thread that wraps methods, if one does: no lock, which an interrupt could leave locked."""
 
 
 def listen(listener: Listener) -> bool:
@@ -162,10 +163,11 @@ def listen(listener: Listener) -> bool:
     Raises:
         Exception: of any kind, from the instrumentor: the SDK is not built as it expects.
     """
-    # Never waited for: whoever holds it may be waiting for an import lock that this thread holds.
-    if not _claim.acquire(blocking=False):
-        return True
+    claim = object()
     try:
+        # Never waited for: whoever has it may be waiting for an import lock that this thread holds.
+        if _claims.setdefault(_CLAIM, claim) is not claim:
+            return True
         layer = _layers.get(listener.capture_content)
         if layer is None or not layer.classes <= _classes():
             layer = _Instrumentor()
@@ -177,7 +179,8 @@ def listen(listener: Listener) -> bool:
             other.listening = other is layer
         return True
     finally:
-        _claim.release()
+        if _claims.get(_CLAIM) is claim:
+            del _claims[_CLAIM]
 
 
 def release() -> None:

@@ -17,6 +17,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanContext, SpanKind
 from opentelemetry.trace.status import Status, StatusCode
 
+from ..core.ids import new_id
 from . import semconv
 from .calls import Listener, call_fields, content_fields, error_text, short_error_type
 
@@ -31,6 +32,7 @@ class CallSpan(trace.Span):
         self._around = around
         self._attributes: dict[str, Any] = dict(attributes or {})
         self._error: str | None = None
+        self._id = new_id()
         self._ended = False
         self._at = time.time()
         self._started = time.perf_counter()
@@ -84,17 +86,22 @@ class CallSpan(trace.Span):
         """Tell the listener. Only the first call does anything.
 
         Raises:
-            Exception: only an interrupt of a task framework that surfaced in the user's redactor; the call is
-                told first, without content.
+            Exception: only an interrupt of a task framework that surfaced here or in the user's redactor; the
+                call is told first, in the latter case without content.
         """
-        if self._ended:
-            return
+        try:
+            self._end()
+        except BaseException:  # the call was made, and has cost money; told twice, it is one, by its id
+            self._end()
+            raise
+
+    def _end(self) -> None:
         self._ended = True
-        listener, content = self._listener, self.content
-        self.content = ((), ())
+        listener = self._listener
         if listener is None or self._attributes.get(semconv.OPERATION) not in semconv.INFERENCES:
             return
         fields = call_fields(self._attributes)
+        fields["id"] = self._id
         fields["run_id"] = self._run_id
         fields["at"] = self._at
         fields["duration_ms"] = (time.perf_counter() - self._started) * 1000
@@ -106,9 +113,11 @@ class CallSpan(trace.Span):
                 # Closed or dropped before the model was done: nobody's error, but no whole answer either.
                 fields["metadata"] = {"stream": "left early"}
             if listener.capture_content:
-                fields.update(content_fields(listener, *content))
+                fields.update(content_fields(listener, *self.content))
         finally:
             listener.sink(**fields)
+            self._listener = None
+            self.content = ((), ())
 
     def _tell_error(self, fields: dict[str, Any], listener: Listener, message: str) -> None:
         kind = str(self._attributes.get(semconv.ERROR_TYPE) or "")

@@ -134,7 +134,6 @@ class Collector:
         kind: type[RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost],
         *,
         at: float | None = None,
-        id: str = "",
         **fields: Any,
     ) -> bool:
         """Make a record and write it; what is written for every task is made by hand instead.
@@ -142,11 +141,12 @@ class Collector:
         Args:
             kind: the record's class.
             at: Unix time in seconds; now unless given.
-            id: the record's id; a new one unless given.
-            fields: the record's own fields.
+            fields: the record's own fields; `id`, a new one unless given.
         """
         moment = time.time() if at is None else at
-        return self.write(kind(id=id or new_id(), at=moment, proc=self.token(), **fields))
+        if "id" not in fields:
+            fields["id"] = new_id()
+        return self.write(kind(at=moment, proc=self.token(), **fields))
 
     def record_call(self, **fields: Any) -> None:
         """Write an `LLMCall`, whose texts are redacted already; nothing for a call of a muted run."""

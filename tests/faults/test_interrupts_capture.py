@@ -1,0 +1,137 @@
+"""Interrupts while a call of the OpenAI SDK is heard: as it starts, while it streams, as it ends.
+
+The SDK and its instrumentor are the real ones, the model is the stand-in.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from opentelemetry.context import get_current
+
+from tests.faults.interrupting import KINDS, Interrupt, Kind, armed, left_behind, locked, open_runs, sweep
+from tests.torture import LONG, effort, found
+from waxell_workers import WaxellContext, get_context
+from waxell_workers.testing import record_runs
+
+pytestmark = pytest.mark.timeout(effort(400, 1800))
+
+answered: set[str] = set()
+"""The models that have answered: what those calls have cost is worth a record."""
+MESSAGES: list[Any] = [{"role": "user", "content": "Where is the parcel 4711?"}]
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    command = [sys.executable, "-m", "waxell_workers.cli.standin"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.terminate()
+
+
+@pytest.fixture
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    def note(response: httpx.Response) -> None:
+        answered.add(json.loads(response.request.content)["model"])
+
+    answered.clear()
+    http = httpx.Client(event_hooks={"response": [note]})
+    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, http_client=http) as client:
+        yield client
+
+
+@pytest.fixture(params=["celery", "dramatiq"] if LONG else ["celery"])
+def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
+    with armed(KINDS[request.param]) as kind:
+        yield kind
+
+
+def chat(client: openai.OpenAI, model: str) -> None:
+    client.chat.completions.create(model=model, messages=MESSAGES)
+
+
+def stream(client: openai.OpenAI, model: str) -> None:
+    for _ in client.chat.completions.create(model=model, messages=MESSAGES, stream=True):
+        pass
+
+
+def stream_left_early(client: openai.OpenAI, model: str) -> None:
+    with client.chat.completions.create(model=model, messages=MESSAGES, stream=True) as chunks:
+        next(iter(chunks))
+
+
+def stream_helper(client: openai.OpenAI, model: str) -> None:
+    with client.responses.stream(model=model, input=MESSAGES) as events:
+        for _ in events:
+            pass
+
+
+def error(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.OpenAIError):
+        client.with_options(base_url="http://127.0.0.1:9").chat.completions.create(
+            model=model, messages=MESSAGES
+        )
+
+
+CALLS = {chat: 23, stream: 29, stream_left_early: 29, stream_helper: 67, error: 31}
+"""Calls, and each of how many instructions is hit by `make test`: for the SDK's own work takes its time."""
+
+
+@pytest.mark.parametrize(
+    ("call", "content"),
+    [*((call, False) for call in CALLS), (stream, True)],
+    ids=[*(call.__name__ for call in CALLS), "stream with content"],
+)
+def test_an_interrupt_anywhere_in_a_call(
+    client: openai.OpenAI, call: Callable[[openai.OpenAI, str], None], content: bool, kind: Kind
+) -> None:
+    """Given a call of the SDK, when an interrupt surfaces at any instruction of ours, then it reaches the
+    code that called; the OpenTelemetry context is as it was, and the next call is recorded, once."""
+    struck = 0
+    models: set[str] = set()
+    places: dict[str, str] = {}
+
+    def interrupted(interrupt: Interrupt) -> None:
+        nonlocal struck
+        outside = get_current()
+        hit, following = f"hit-{struck}", f"following-{struck}"
+        try:
+            with WaxellContext("block"), interrupt:
+                call(client, hit)
+            assert not interrupt.where, f"the interrupt at {interrupt.where} is lost"
+        except kind.exception:
+            pass
+        places[hit] = interrupt.where
+        assert get_current() is outside, interrupt.where
+        assert get_context() is None, interrupt.where
+        assert open_runs() == [], interrupt.where
+        call(client, following)
+        models.add(following)
+        struck += bool(interrupt.where)
+
+    redact = str.upper if content else None
+    with record_runs(capture_content=content, redact=redact) as runs:
+        call(client, "before")
+        for _ in sweep(kind.strike, interrupted, step=effort(CALLS[call], 3)):
+            pass
+        gc.collect()
+        recorded = list({record.id: record.model for record in runs.calls}.values())
+        assert len(recorded) == len(set(recorded)), "a call is there twice"
+        assert set(recorded) >= models, "a call was not heard that came after one that was hit"
+        assert {c.run_id for c in runs.calls if c.model.startswith("hit")} <= {run.run_id for run in runs}
+        assert locked() == []
+        assert left_behind() == []
+    lost = {places[model] for model in places.keys() & answered - set(recorded)}
+    found(f"interrupts in a call, {call.__name__}", struck=struck, lost=len(lost))
+    assert struck > 20
+    # Before its first instruction, nothing of ours knows that a span is being ended.
+    assert [place for place in lost if not place.endswith(" end+0")] == []
