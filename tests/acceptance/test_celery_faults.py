@@ -14,6 +14,8 @@ import pytest
 from tests.faulty import FaultyServer
 from tests.harness import await_
 
+pytestmark = pytest.mark.timed
+
 FAULTS = ["refuse", "503", "hang"]
 ROUNDS = 4
 MOST_ROUNDS = 16
