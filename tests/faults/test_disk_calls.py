@@ -221,6 +221,7 @@ def test_each_call_of_a_shipper_may_fail(
     found("each call of a shipper fails", faults=len(fired), left=left, repeated=repeated)
     assert len(fired) > 50
     assert repeated == 0
+    assert left <= len(fired) // 8  # most are waited for; without the lock, or the directory, one has to go
 
 
 def journal_of_two_runs(spool_dir: Path) -> tuple[str, Settings]:
