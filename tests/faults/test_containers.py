@@ -26,6 +26,7 @@ import pytest
 from celery import Celery
 
 from tests.acceptance.conftest import children, make_worker, model, session_children, valkey  # noqa: F401
+from tests.faults.test_shipper_process import a_copy_of_the_package
 from tests.faulty import FaultyServer
 from tests.harness import APP, ROOT, Worker, await_, environment
 from tests.torture import LONG, effort
@@ -274,18 +275,27 @@ def tell(container: subprocess.Popen[str], line: str) -> str:
     return container.stdout.readline().strip()
 
 
-def test_a_sidecar_in_another_pid_namespace_delivers(pod: Pod, server: FaultyServer) -> None:
-    """Given worker and shipper with nothing in common but a volume, then the one's records are delivered by
-    the other, a flush is answered across the border, and the living are not taken for dead."""
-    worker, _sidecar = pod.worker(), pod.sidecar()
+def test_a_sidecar_in_another_pid_namespace_delivers(pod: Pod, server: FaultyServer, tmp_path: Path) -> None:
+    """Given workers and a shipper with nothing in common but a volume, their records are delivered, a
+    flush is answered across the border, and of two the one that was killed is taken for dead."""
+    grace = ("_REASON_GRACE_S = 8.0", "_REASON_GRACE_S = 0.1")
+    pod.settings["PYTHONPATH"] = str(a_copy_of_the_package(tmp_path / "site", tracking=grace))
+    worker, other, _sidecar = pod.worker(), pod.worker(), pod.sidecar()
     tell(worker, "open the run")
     assert "pending=0" in tell(worker, "flush 20")
     assert models(server) == {"the run": 1}
     tell(worker, "call another")
     assert server.wait_until(lambda: models(server)["another"] == 1, 60)
-    assert [run.state for run in server.runs.values() if run.start["agent_name"] == "the run"] == [""]
     found = pod.survey()
     assert [holder.pid > 0 for holder in (found.shipper, *found.writers)] == [True, True]
+    tell(other, "open another run")
+    kill_container(other)
+    assert server.wait_until(lambda: "killed" in states(server).values(), 60)
+    assert states(server) == {"the run": "", "another run": "killed"}
+
+
+def states(server: FaultyServer) -> dict[str, str]:
+    return {run.start["agent_name"]: run.state for run in server.runs.copy().values()}
 
 
 def test_without_its_sidecar_a_flush_says_pending(pod: Pod, server: FaultyServer) -> None:
