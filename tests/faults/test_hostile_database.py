@@ -379,36 +379,37 @@ def test_a_long_lock_holds_up_writes_for_seconds_and_reads_not_at_all(tmp_path: 
 
 def test_the_sender_keeps_what_was_not_acknowledged(tmp_path: Path) -> None:
     """Given a real sender and a database that is locked meanwhile, all records arrive, once."""
-    count = effort(60, 600)
-    db = tmp_path / "data" / "runs.db"
+    db, enough = tmp_path / "data" / "runs.db", tmp_path / "enough"
     with serving(tmp_path, db=db, before=IMPATIENT) as server:
         code = (
-            "import time, waxell_workers\n"
+            "import os, time, waxell_workers\n"
             "waxell_workers.init(flush_interval=0.2, shutdown_timeout=0.1)\n"
-            f"for n in range({count}):\n"
+            "n = 0\n"
+            f"while n < {effort(20, 600)} or not os.path.exists({str(enough)!r}):\n"
             "    with waxell_workers.WaxellContext(agent_name='sender') as run:\n"
             "        run.record_llm_call(model=f'm{n}', tokens_in=1, tokens_out=1)\n"
+            "    n += 1\n"
             "    time.sleep(0.02)\n"
+            "print(n)\n"
         )
         environ = environment(
             WAXELL_API_URL=server.url, WAXELL_SPOOL_DIR=str(tmp_path / "spool"), WAXELL_SHIPPER="thread"
         )
         sender = subprocess.Popen(
-            [sys.executable, "-c", code], env=environ, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True
         )
         try:
-            await_(lambda: stored_models(db), "first record")
-            with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+            await_(lambda: stored_models(db), "first record", 2 * ANSWER_S)
+            with contextlib.closing(sqlite3.connect(db, timeout=ANSWER_S, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
-                await_(lambda: "the database refuses" in server.said, "refusal")
-                before = stored_models(db)
+                await_(lambda: "the database refuses" in server.said, "refusal", 2 * ANSWER_S)
                 other.execute("ROLLBACK")
-            before |= stored_models(db)
-            sender.wait(ANSWER_S)
+            enough.touch()
+            count = int(sender.communicate(timeout=2 * ANSWER_S)[0])
         finally:
             if sender.poll() is None:
                 sender.kill()
-            sender.communicate()
+                sender.communicate()
         drained = cli("ship", "--drain", **{k: v for k, v in environ.items() if k.startswith("WAXELL_")})
         assert drained.returncode == 0, drained.stderr
         models = [row[0] for row in rows(db, "SELECT model FROM calls")]
