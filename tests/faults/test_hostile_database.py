@@ -34,7 +34,8 @@ from tests.faults.hostile import (
 )
 from tests.harness import await_, environment
 from tests.torture import effort, found
-from waxell_workers.server import schema
+from waxell_workers.server import Store, schema
+from waxell_workers.server.writes import Start
 
 RUNS = 1_500
 IMPATIENT = (
@@ -251,6 +252,18 @@ def test_what_is_acknowledged_is_in_the_file_that_is_there(tmp_path: Path, name:
         server.process.kill()
         server.process.wait()
     assert set(taken) <= stored(db)
+
+
+def test_a_file_that_goes_in_the_middle_of_a_write_has_not_taken_it(tmp_path: Path) -> None:
+    """Given a file that is deleted between the first statement and the commit, the write fails, and heals."""
+    start_of = Start(agent_name="a", workflow_name="w", started_at=NOW, source="rest")
+    with Store(tmp_path / "runs.db") as store:
+        with pytest.raises(sqlite3.OperationalError, match="taken away"), store.write() as writer:  # noqa: PT012
+            writer.start("r", start_of)
+            (tmp_path / "runs.db").unlink()
+        with store.write() as writer:
+            assert writer.start("r", start_of)
+    assert stored(tmp_path / "runs.db") == {"r"}
 
 
 def test_a_page_that_breaks_while_it_serves_is_healed_by_the_next_write(whole: Path, tmp_path: Path) -> None:
