@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ import pytest
 from tests.destination import Destination, call, ended, started
 from tests.faults.disks import SUDO, Mount, fill, mount  # noqa: F401  fixtures
 from tests.faulty import FaultyServer
-from tests.harness import await_
+from tests.harness import await_, environment
 from tests.torture import effort, found
 from waxell_workers.core import journal as journals
 from waxell_workers.core import liveness, spool
@@ -382,3 +383,106 @@ def test_a_shipper_whose_directory_was_replaced_leaves_it_to_another(tmp_path: P
             thread.join(20)
         assert not lock.held
         assert not lock.taken()
+
+
+# -- limits and rights -------------------------------------------------------------------------
+
+OUT_OF_DESCRIPTORS = """
+import os, resource, sys, time, waxell_workers
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+waxell_workers.init(
+    api_url=sys.argv[1], spool_dir=sys.argv[2], shipper="thread", flush_interval=0.1, capture=()
+)
+if sys.argv[3] == "opened":
+    waxell_workers.record_llm_call(model="before")
+    waxell_workers.force_flush(10)
+taken = []
+try:
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+for number in range(20):
+    waxell_workers.record_llm_call(model=f"during-{number}")
+print(waxell_workers.stats().dropped.get("no_descriptor", 0), flush=True)
+time.sleep(1.5)
+for descriptor in taken:
+    os.close(descriptor)
+deadline = time.monotonic() + 60
+while waxell_workers.force_flush(1).pending or "after" not in sys.argv:
+    waxell_workers.record_llm_call(model="after")
+    sys.argv.append("after")
+    assert time.monotonic() < deadline
+"""
+
+
+@pytest.mark.parametrize("when", ["opened", "not opened"])
+def test_a_process_without_descriptors(tmp_path: Path, when: str) -> None:
+    """Given a process that may open nothing more, what it cannot write is counted; once it may, all that it
+    records arrives, by its own thread."""
+    with FaultyServer(ingest=True) as server:
+        command = [sys.executable, "-c", OUT_OF_DESCRIPTORS, server.url, str(tmp_path / "spool"), when]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        arrived = {call["model"] for call in server.calls}
+    assert "after" in arrived
+    assert len([model for model in arrived if model.startswith("during")]) == 20 - int(done.stdout)
+    assert int(done.stdout) == (0 if when == "opened" else 20)
+
+
+FORBIDDEN = """
+import os, sys, time, waxell_workers
+if os.geteuid() == 0:
+    import waxell_workers.core.shipper, waxell_workers.core.foreground
+    from waxell_workers.core.shipper import preload
+    from waxell_workers.core.config import Settings
+    preload(Settings())
+    os.setgroups([]), os.setegid(65534), os.seteuid(65534)
+waxell_workers.init(
+    api_url=sys.argv[1], spool_dir=sys.argv[2], shipper="thread", flush_interval=0.1, capture=()
+)
+waxell_workers.record_llm_call(model="before")
+waxell_workers.force_flush(10)
+spool = waxell_workers.stats().spool
+os.chmod(spool, 0)
+for number in range(4):
+    waxell_workers.record_llm_call(model=f"during-{number}")
+    time.sleep(0.5)
+thread = [thread for thread in __import__("threading").enumerate() if thread.name == "waxell-shipper"]
+print(len(thread), flush=True)
+os.chmod(spool, 0o700)
+deadline = time.monotonic() + 60
+waxell_workers.record_llm_call(model="after")
+while waxell_workers.force_flush(1).pending:
+    waxell_workers.record_llm_call(model="after")
+    assert time.monotonic() < deadline
+lost = waxell_workers.stats().dropped
+assert set(lost) <= {"spool_unavailable"}, lost
+"""
+
+
+def test_a_directory_whose_rights_are_taken_away(everybodys: Path) -> None:
+    """Given a user who may not enter the spool for a while, nothing is raised, the shipper waits where it is,
+    and what is recorded afterwards arrives."""
+    with FaultyServer(ingest=True) as server:
+        command = [sys.executable, "-c", FORBIDDEN, server.url, str(everybodys / "spool")]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == "1\n"
+        assert {"before", "after"} <= {call["model"] for call in server.calls}
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A directory that another user reaches, which pytest's own are not."""
+    directory = Path(tempfile.mkdtemp(prefix="waxell-rights-"))
+    directory.chmod(0o777)
+    yield directory
+    shutil.rmtree(directory)

@@ -172,10 +172,9 @@ class Shipper:
         if str(error) != self._waits_for:  # looked for once a second: told once
             logger.error("no room to ship from %s (%s): everything is kept", self._directory, error)
         self._waits_for = str(error)
-        procs = Procs(self._directory)
         last_alive = time.monotonic()
         while self._stop_by is None and not (self._stay and self._terminated):
-            if procs.anyone_alive() or self._stay:  # asked first: the spool may be gone
+            if self._sees_anyone_alive() or self._stay:  # asked first: the spool may be gone
                 last_alive = time.monotonic()
             elif time.monotonic() - last_alive > (_TERM_DRAIN_S if self._terminated else DRAIN_S):
                 return False
@@ -185,6 +184,14 @@ class Shipper:
                 logger.info("there is room again in %s", self._directory)
                 return True
         return False
+
+    def _sees_anyone_alive(self) -> bool:
+        try:
+            return Procs(self._directory).anyone_alive()
+        except OSError as error:
+            if not is_passing(error):
+                raise
+            return False
 
     def stop(self, deadline: float) -> None:
         """Ask the shipper to deliver what is there and to leave, at `deadline` at the latest."""
