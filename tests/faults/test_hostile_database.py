@@ -256,7 +256,7 @@ def test_what_is_acknowledged_is_in_the_file_that_is_there(tmp_path: Path, name:
 
 def test_a_file_that_goes_in_the_middle_of_a_write_has_not_taken_it(tmp_path: Path) -> None:
     """Given a file that is deleted between the first statement and the commit, the write fails, and heals."""
-    start_of = Start(agent_name="a", workflow_name="w", started_at=NOW, source="rest")
+    start_of = Start(agent_name="a", workflow_name="w", started_at=1_790_000_000.0, source="rest")
     with Store(tmp_path / "runs.db") as store:
         with pytest.raises(sqlite3.OperationalError, match="taken away"), store.write() as writer:  # noqa: PT012
             writer.start("r", start_of)

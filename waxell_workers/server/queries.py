@@ -20,6 +20,7 @@ TOO_LONG = "too long for a page; the JSON of this run has it"
 _OBJECT = f'{{"…": "{TOO_LONG}"}}'
 _LIST = f'["{TOO_LONG}"]'
 
+_LARGEST = 2**63 - 1
 _RELATED = 200
 """How many attempts or children of a run are listed."""
 
@@ -173,8 +174,8 @@ def stats(db: sqlite3.Connection, agent: str = "") -> Stats:
     return Stats(
         runs={row["status"]: row["runs"] for row in rows},
         calls=sum(row["calls"] for row in rows),
-        tokens_in=sum(row["tokens_in"] for row in rows),
-        tokens_out=sum(row["tokens_out"] for row in rows),
+        tokens_in=min(sum(row["tokens_in"] for row in rows), _LARGEST),
+        tokens_out=min(sum(row["tokens_out"] for row in rows), _LARGEST),
         cost_usd=sum(costs) if costs else None,
         accepted=counters["accepted"],
         duplicates=counters["duplicates"],
