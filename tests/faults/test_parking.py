@@ -117,6 +117,9 @@ def test_parked_runs_survive_shippers_that_are_killed(server: FaultyServer, dest
     record(destination, good)
     for moment in MOVING_ASIDE:
         die_at(destination, moment)
+    for path in files(destination):
+        ids = [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
+        assert len(ids) == len(set(ids)), "what was moved aside is not read again"
     assert files(destination), "runs were moved aside"
     server.mode("healthy")
     for moment in COMING_BACK * effort(1, 3):

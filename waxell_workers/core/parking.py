@@ -6,7 +6,7 @@ A run is parked when reading has to stop for the runs that fail. Its records are
 one transaction the cursor passes them and the ledger notes the file; what is read of it later is appended. It
 is tried again, without end, at a slow pace; the ledger notes how much has gone; with the last, the file goes.
 
-Killed in between: what a file has beyond what the ledger noted is still in the journal, and is cut off. A
+Killed in between: what a file has beyond what the ledger noted is still in the journal, and is not read. A
 file that is gone has been delivered. If the ledger was lost, every file is delivered from its beginning. The
 names begin with a digit, so that the files count against `spool_limit` as segments do.
 """
@@ -85,8 +85,6 @@ class Parking:
             path = self._path(number)
             if number in known:
                 run = known[number]
-                if os.path.getsize(path) > run.row.size:
-                    os.truncate(path, run.row.size)
             elif ledger_is_new and (run_id := self._whose(path)) and run_id not in self._runs:
                 row = ParkedRun(run_id, number, 0, os.path.getsize(path), ended=False)
                 run = self._runs[run_id] = _Parked(row)
