@@ -231,6 +231,7 @@ def test_no_sum_and_no_depth_spoils_the_list_of_all_runs(server: Server) -> None
     all_pages(server, "sum0", "sum1", "sum2")
     stats = server.get("/api/stats").json()
     assert stats["tokens_in"] == stats["tokens_out"] == 2**63 - 1
+    assert server.get("/api/runs/sum0").json()["tokens_in"] == 2**53
     assert stats["cost_usd"] >= 2199e12
 
 
