@@ -172,6 +172,7 @@ def test_a_shipper_that_is_stopped_holds_up_nothing(make_worker, server) -> None
     worker = make_worker(server.url, WAXELL_FLUSH="task", WAXELL_FLUSH_TIMEOUT=str(FLUSH_S))
     worker.start(*PREFORK)
     shipper = the_shipper(worker.spool)
+    await_((next(worker.spool.iterdir()) / "ship.sock").exists, "socket", 30)  # it takes requests
     shipper.suspend()
     began = time.monotonic()
     sent = worker.send_many(4)
