@@ -219,9 +219,11 @@ class ShipLock:
         """Let go of the lock."""
         if self.held:
             self._held_by = 0
-            if stands_for(self._descriptor, self._file):
-                fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
-            self._claims.pop(os.getpid(), None)
+            try:
+                if stands_for(self._descriptor, self._file):
+                    fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, 0)
+            finally:
+                self._claims.pop(os.getpid(), None)
 
     def _open(self) -> int:
         # A forked child, or who forked it, may have closed all descriptors and given others their numbers;
