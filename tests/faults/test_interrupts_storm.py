@@ -1,0 +1,122 @@
+"""A storm of soft time limits over a real Celery worker whose tasks do nothing but record."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faulty import FaultyServer
+from tests.harness import Worker, await_
+from tests.torture import effort, found
+from waxell_workers.testing.conformance.stage import children_in, start_valkey
+
+pytestmark = pytest.mark.timeout(effort(400, 1800))
+DEADLINE_S = effort(200, 1200)
+ARRIVAL_S = 30.0
+
+APP = """
+import os, time
+from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
+import waxell_workers.celery
+from waxell_workers import WaxellContext, get_context, record_llm_call
+
+app = Celery(broker=os.environ["BROKER_URL"])
+app.conf.worker_prefetch_multiplier = 1
+OURS = os.path.dirname(waxell_workers.__file__)
+
+def note(word, marker):
+    with open(os.environ["NOTES"], "a") as notes:
+        notes.write(f"{word} {marker}\\n")
+
+@app.task(bind=True)
+def storm(self, seconds):
+    run, until = get_context(), time.monotonic() + seconds
+    try:
+        while time.monotonic() < until:
+            with WaxellContext("block"):
+                record_llm_call(model=self.request.id)
+    except SoftTimeLimitExceeded as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        frames = (trace.tb_frame, trace.tb_frame.f_back)  # the innermost one is the signal handler's
+        inside = any(frame and OURS in frame.f_code.co_filename for frame in frames)
+        note("inside" if inside else "outside", self.request.id)
+        if run is not None and get_context() is not run:
+            note("lost", self.request.id)
+        raise
+"""
+
+
+def test_soft_time_limits_over_a_worker_that_records(tmp_path: Path) -> None:
+    """Given a pool whose tasks record without a pause, when soft time limits strike all over them, then each
+    task is one run with one end and no parent, each call is in its own task's, and all arrives."""
+    (tmp_path / "scenarios.py").write_text(APP)
+    notes = tmp_path / "notes"
+    notes.touch()
+    count = effort(60, 3000)
+    with children_in(tmp_path) as children, FaultyServer(ingest=True) as server:
+        worker = Worker(
+            start_valkey(children),
+            "http://127.0.0.1:9",
+            server.url,
+            tmp_path,
+            settings={"NOTES": str(notes), "WAXELL_CAPTURE": ""},
+            app=tmp_path,
+        )
+        try:
+            worker.start("-c", "2")
+            sent = {
+                worker.send("storm", 0.2, soft_time_limit=random.uniform(0.02, 0.2)) for _ in range(count)
+            }
+            await_(lambda: done(worker) == count, f"the end of {count} tasks", DEADLINE_S)
+            worker.terminate()
+            await_(lambda: nothing_open(server, sent), "an end of each run", ARRIVAL_S)
+        finally:
+            worker.stop()
+    hits = notes.read_text().split("\n")
+    found(
+        "soft time limits over a Celery worker",
+        tasks=count,
+        surfaced=sum(" " in line for line in hits),
+        in_our_code=sum(line.startswith("inside") for line in hits),
+    )
+    assert sum(line.startswith("inside") for line in hits) > count / 20, "hardly any struck in our code"
+    assert not [line for line in hits if line.startswith("lost")], "the user's handler was in another run"
+    assert wrong(list(server.records.values()), sent) == []
+    assert server.violations == []
+
+
+def done(worker: Worker) -> int:
+    return worker.text.count("] succeeded in ") + worker.text.count("] raised unexpected: ")
+
+
+def nothing_open(server: FaultyServer, sent: set[str]) -> bool:
+    """True once each task's run, and every block's, has come to its end at the server."""
+    records = list(server.records.copy().values())
+    starts = {
+        record["run_id"]: record.get("task_id") for record in records if record["kind"] == "run_started"
+    }
+    ends = {record["run_id"] for record in records if record["kind"] == "run_ended"}
+    return starts.keys() <= ends and sent <= set(starts.values())
+
+
+def wrong(records: list[dict[str, object]], sent: set[str]) -> list[str]:
+    """Return what is not as it should be: runs, their ends, and whose the calls are."""
+    starts = {record["run_id"]: record for record in records if record["kind"] == "run_started"}
+    ends = {record["run_id"] for record in records if record["kind"] == "run_ended"}
+    of_tasks = [start for start in starts.values() if start.get("task_id")]
+    found = [f"no end of {run_id}" for run_id in starts.keys() - ends]
+    found += [f"a parent of {start['task_id']}" for start in of_tasks if start.get("parent_run_id")]
+    if sorted(str(start["task_id"]) for start in of_tasks) != sorted(sent):
+        found.append("not one run a task")
+    for call in records:
+        if call["kind"] == "llm_call":
+            block = starts.get(call["run_id"], {})
+            task = starts.get(block.get("parent_run_id"), {})
+            if call["model"] not in (task.get("task_id"), block.get("task_id")):
+                found.append(f"a call of {call['model']} elsewhere")
+    return found
