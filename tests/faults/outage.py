@@ -109,7 +109,7 @@ class Spool:
 
     def drain(self) -> dict[str, int]:
         """Deliver everything by a shipper process; return what it says of itself."""
-        with self.start("ship", "1") as process:
+        with self.start("ship", "1", "600") as process:
             return told(process)
 
     @property
@@ -170,8 +170,13 @@ def runs(records: int, token: int, text: str) -> Iterator[Record]:
                     yield RunEnded(run_id=name, **common)
 
 
-def ship(pace: float) -> None:
-    """Ship by a clock that goes `pace` times as fast as ours, until nothing is left, or SIGTERM."""
+def ship(pace: float, within_s: float = 0.0) -> None:
+    """Ship by a clock that goes `pace` times as fast as ours, until nothing is left, or SIGTERM.
+
+    Args:
+        pace: how much faster.
+        within_s: if not 0, leave by then at the latest, instead of 30 s after the last writer's end.
+    """
     began = time.monotonic()
     fake = SimpleNamespace(
         monotonic=lambda: began + (time.monotonic() - began) * pace, time=time.time, sleep=time.sleep
@@ -180,6 +185,8 @@ def ship(pace: float) -> None:
         shipping.time = window.time = fake  # type: ignore[attr-defined]
         shipping._POLL_S = 2.0 / pace
     shipper = Shipper(resolve({}), prepare(resolve({})), stay=False)
+    if within_s:
+        shipper.stop(time.monotonic() + within_s)
     signal.signal(signal.SIGTERM, lambda *_: shipper.terminate())
     assert shipper.run()
     spent = resource.getrusage(resource.RUSAGE_SELF)
@@ -199,4 +206,4 @@ if __name__ == "__main__":
     if program == "write":
         write(int(rest[0]), int(rest[1]), float(rest[2]))
     else:
-        ship(float(rest[0]))
+        ship(*map(float, rest))
