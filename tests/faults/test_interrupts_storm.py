@@ -14,7 +14,7 @@ from waxell_workers.testing.conformance.stage import children_in, start_valkey
 
 pytestmark = pytest.mark.timeout(effort(400, 1800))
 DEADLINE_S = effort(200, 1200)
-ARRIVAL_S = 30.0
+ARRIVAL_S = effort(30, 120)
 
 APP = """
 import os, time
@@ -57,7 +57,7 @@ def test_soft_time_limits_over_a_worker_that_records(tmp_path: Path) -> None:
     (tmp_path / "scenarios.py").write_text(APP)
     notes = tmp_path / "notes"
     notes.touch()
-    count = effort(60, 3000)
+    count = effort(60, 400)
     with children_in(tmp_path) as children, FaultyServer(ingest=True) as server:
         worker = Worker(
             start_valkey(children),
@@ -70,7 +70,7 @@ def test_soft_time_limits_over_a_worker_that_records(tmp_path: Path) -> None:
         try:
             worker.start("-c", "2")
             sent = {
-                worker.send("storm", 0.2, soft_time_limit=random.uniform(0.02, 0.2)) for _ in range(count)
+                worker.send("storm", 0.06, soft_time_limit=random.uniform(0.01, 0.06)) for _ in range(count)
             }
             await_(lambda: done(worker) == count, f"the end of {count} tasks", DEADLINE_S)
             worker.terminate()
