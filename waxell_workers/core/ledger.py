@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import msgspec
 
@@ -185,8 +186,8 @@ class Ledger:
         done_above: Iterable[str],
         passed: Iterable[str],
         runs: Iterable[TrackedRun],
-        parked: Mapping[str, ParkedRun | None],
-        failing: Mapping[str, bool],
+        parked: Mapping[str, ParkedRun | None] = MappingProxyType({}),
+        failing: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         """Write down what a batch has achieved, all or nothing.
 
