@@ -20,6 +20,7 @@ import pytest
 
 from waxell_workers.core.errors import ConfigError
 from waxell_workers.server import serve
+from waxell_workers.server.run import _bind
 
 INGEST = "/api/v1/observe/ingest/"
 COMMAND = (sys.executable, "-m", "waxell_workers.server")
@@ -199,3 +200,10 @@ def test_the_store_needs_no_web_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_answers_are_not_held_back(host: str) -> None:
+    """asyncio sets TCP_NODELAY on sockets that name their protocol alone; without, each answer takes 40 ms."""
+    with _bind(host, 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
