@@ -204,6 +204,6 @@ def test_the_store_needs_no_web_framework() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_answers_are_not_held_back(host: str) -> None:
-    """asyncio sets TCP_NODELAY on sockets that name their protocol alone; without, each answer takes 40 ms."""
+    """asyncio sets TCP_NODELAY only on a socket that names its protocol; without, answers take 40 ms."""
     with _bind(host, 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
