@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import psutil
 import pytest
+import yaml
 from celery import Celery
 
 from tests.acceptance.conftest import children, make_worker, model, session_children, valkey  # noqa: F401
@@ -497,13 +498,9 @@ def test_what_is_deployed_exists(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_a_manifest_is_whole(path: Path) -> None:
-    """It parses, where there is a parser; each container has the volume, at the place that it is told; the
+    """It parses; each container has the volume, at the place that it is told; the
     user is the pod's; and the containers of a pod agree on what makes the destination."""
     text = path.read_text()
-    assert "\t" not in text
-    for line in text.splitlines():
-        assert (len(line) - len(line.lstrip())) % 2 == 0, line
-        assert all(line.count(pair[0]) == line.count(pair[1]) for pair in ("{}", "[]")), line
     containers = len(re.findall(r"^ +image:", text, re.MULTILINE))
     assert text.count("name: WAXELL_SPOOL_DIR\n              value: /var/spool/waxell\n") == containers
     assert text.count("- {name: spool, mountPath: /var/spool/waxell}") == containers
@@ -513,10 +510,6 @@ def test_a_manifest_is_whole(path: Path) -> None:
     if containers > 1:
         assert text.index("restartPolicy: Always") < text.index("\n      containers:")
         assert text.count("name: WAXELL_SHIPPER\n              value: external\n") == 1
-    try:
-        import yaml
-    except ImportError:
-        return
     pod = yaml.safe_load(text)["spec"]["template"]["spec"]
     mounts = [mount["name"] for each in pod["containers"] for mount in each["volumeMounts"]]
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}

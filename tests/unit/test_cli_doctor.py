@@ -447,6 +447,16 @@ def test_a_full_spool_fails(place, faulty):
         file.write(b"\n" + b" " * (1 << 20) + b"\n")
     report = place.report(WAXELL_API_URL=faulty.url, WAXELL_SPOOL_LIMIT="1MiB")
     assert "full, records are dropped" in report.failures()["spool"]
+
+
+def test_a_destination_that_has_all_that_it_may_fails(place, faulty):
+    """Given room in the spool that is kept for other destinations, this one is full all the same."""
+    place.record(1, WAXELL_API_URL=faulty.url)
+    (segment,) = place.spool.glob("*/000001.ndjson")
+    with segment.open("ab") as file:
+        file.write(b"\n" + b" " * (950 << 10) + b"\n")
+    report = place.report(WAXELL_API_URL=faulty.url, WAXELL_SPOOL_LIMIT="1MiB")
+    assert "full, records are dropped" in report.failures()["spool"]
     nearly = place.report(WAXELL_API_URL=faulty.url, WAXELL_SPOOL_LIMIT=str((1 << 20) * 11 // 10))
     assert "used of 1.1 MiB" in nearly.of("spool", "warn")[0]
 

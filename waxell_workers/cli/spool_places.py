@@ -66,6 +66,11 @@ def used(root: str) -> int:
     return spool.used(f"{root}/.")
 
 
+def is_full(settings: Settings, directory: str) -> bool:
+    """True if a destination whose directory exists can take nothing more."""
+    return spool.used_here(directory) >= spool.share(settings, directory)
+
+
 def _why_not(settings: Settings, root: str) -> str:
     kind = spool.file_system(os.path.realpath(_existing(root)))
     if kind in spool.NETWORK_FILE_SYSTEMS:

@@ -128,7 +128,7 @@ def _alive(situation: Situation, survey: Survey) -> Finding:
         return Finding(
             SHIPPER,
             "fail",
-            f"process {pid} is stopped (SIGSTOP, or a debugger): it delivers nothing, and keeps others from it",
+            f"process {pid} is stopped (SIGSTOP, or a debugger): it delivers nothing, and lets nobody else",
             f"kill -CONT {pid}; or kill -KILL {pid}, and a worker starts another",
         )
     if survey.shipper:

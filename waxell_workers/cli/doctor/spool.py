@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from ..spool_places import Place, limit, used
+from ..spool_places import Place, is_full, limit, used
 from ..spool_show import size
 from .findings import Finding, Findings
 from .situation import Situation
@@ -92,7 +92,8 @@ def _filled(situation: Situation, place: Place) -> Findings:
     most, filled = limit(situation.settings, place.root), used(place.root)
     text = f"{size(filled)} used of {size(most)}"
     advice = "see why nothing is delivered (server, shipper); or set WAXELL_SPOOL_LIMIT to more"
-    if filled >= most:
+    here = situation.directory
+    if filled >= most or (os.path.isdir(here) and is_full(situation.settings, here)):
         yield Finding(AREA, "fail", f"{text}: full, records are dropped", advice)
     elif filled > NEARLY_FULL * most:
         yield Finding(AREA, "warn", text, advice)
