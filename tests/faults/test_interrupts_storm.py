@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.storming import nothing_open, wrong
 from tests.faulty import FaultyServer
 from tests.harness import Worker, await_
 from tests.torture import effort, found
@@ -92,31 +93,3 @@ def test_soft_time_limits_over_a_worker_that_records(tmp_path: Path) -> None:
 
 def done(worker: Worker) -> int:
     return worker.text.count("] succeeded in ") + worker.text.count("] raised unexpected: ")
-
-
-def nothing_open(server: FaultyServer, sent: set[str]) -> bool:
-    """True once each task's run, and every block's, has come to its end at the server."""
-    records = list(server.records.copy().values())
-    starts = {
-        record["run_id"]: record.get("task_id") for record in records if record["kind"] == "run_started"
-    }
-    ends = {record["run_id"] for record in records if record["kind"] == "run_ended"}
-    return starts.keys() <= ends and sent <= set(starts.values())
-
-
-def wrong(records: list[dict[str, object]], sent: set[str]) -> list[str]:
-    """Return what is not as it should be: runs, their ends, and whose the calls are."""
-    starts = {record["run_id"]: record for record in records if record["kind"] == "run_started"}
-    ends = {record["run_id"] for record in records if record["kind"] == "run_ended"}
-    of_tasks = [start for start in starts.values() if start.get("task_id")]
-    found = [f"no end of {run_id}" for run_id in starts.keys() - ends]
-    found += [f"a parent of {start['task_id']}" for start in of_tasks if start.get("parent_run_id")]
-    if sorted(str(start["task_id"]) for start in of_tasks) != sorted(sent):
-        found.append("not one run a task")
-    for call in records:
-        if call["kind"] == "llm_call":
-            block = starts.get(call["run_id"], {})
-            task = starts.get(block.get("parent_run_id"), {})
-            if call["model"] not in (task.get("task_id"), block.get("task_id")):
-                found.append(f"a call of {call['model']} elsewhere")
-    return found
