@@ -102,11 +102,15 @@ def send_jobs(worker: RunningWorker, count: int) -> Sent:
         ("in a race", BRIEF_S, limited),
         ("unlimited", BRIEF_S, {}),
     ]
-    queue = rq.Queue(worker.site.queue, connection=RQ_CONNECTION(worker.site.broker_url))
     for number in range(count):
         kind, seconds, options = sorts[number % 5 % 3]
-        sent.add(kind, str(queue.enqueue("rq_storm.storm", seconds, **options).id))
+        sent.add(kind, enqueue(worker, "storm", seconds, **options))
     return sent
+
+
+def enqueue(worker: RunningWorker, job: str, *arguments: float, **options: float) -> str:
+    queue = rq.Queue(worker.site.queue, connection=RQ_CONNECTION(worker.site.broker_url))
+    return str(queue.enqueue(f"rq_storm.{job}", *arguments, **options).id)
 
 
 RQ_CONNECTION = RQ.send.__func__.__globals__["connect"]

@@ -294,7 +294,15 @@ class Collector:
             True as a truth value only if nothing is pending and nothing was dropped.
         """
         timeout = self.settings.flush_timeout if timeout is None else max(0.0, timeout)
-        deadline = time.monotonic() + timeout
+        here = self._here
+        told = here.told_drops
+        try:
+            return self._flush(time.monotonic() + timeout, everybody)
+        except BaseException:  # an interrupt's: nobody has been told of what was lost
+            here.told_drops = told
+            raise
+
+    def _flush(self, deadline: float, everybody: bool) -> FlushResult:
         dropped = self._new_drops()
         here = self._here
         recorded = here.recorded.value

@@ -1,6 +1,8 @@
 """What the tasks of a storm share: the work, which is nothing but recording, and notes for the test."""
 
 import os
+import sys
+import threading
 import time
 
 import waxell_workers
@@ -38,6 +40,25 @@ def redact(text):
     """Redact nothing, but let the next greenlet have its turn, where there are any."""
     time.sleep(0)
     return text
+
+
+def when_waiting(thread, strike):
+    """Do something to a thread while it waits in a flush, as soon as the test says so, from another one."""
+
+    def watch():
+        while not os.path.exists(os.environ["STRIKE"]) or "request_flush" not in _functions(thread):
+            time.sleep(0.01)
+        strike()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _functions(thread):
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(OURS):
+            yield frame.f_code.co_name
+        frame = frame.f_back
 
 
 def record(task_id, seconds, expected, between=lambda: None):

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 
 import noting
 import rq
@@ -65,6 +66,8 @@ def flush_again():
     noting.note(f"flushed-{bool(force_flush(30))}", rq.get_current_job().id)
 
 
-@options(flush="task", flush_timeout=30)
+@options(flush="task", flush_timeout=120)
 def flush_at_the_end():
     noting.record(rq.get_current_job().id, 0.01, JobTimeoutException)
+    job_id = rq.get_current_job().id
+    noting.when_waiting(threading.get_ident(), lambda: noting.note("waits", job_id))
