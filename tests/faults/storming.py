@@ -35,14 +35,21 @@ def notes(worker: RunningWorker) -> dict[str, list[str]]:
     return found
 
 
+def arrived(server: FaultyServer, sent: set[str], open_at_most: int = 3) -> bool:
+    """True once each task's run has come to its end at the server, and nearly every other.
+
+    A block that was hit as it was entered or left may stay open until its process ends.
+    """
+    runs = list(server.runs.values())
+    if sum(not run.ends for run in runs) > open_at_most:
+        return False
+    ended = {run.start.get("task_id") for run in runs if run.ends}
+    return sent <= ended
+
+
 def nothing_open(server: FaultyServer, sent: set[str]) -> bool:
     """True once each task's run, and every block's, has come to its end at the server."""
-    records = list(server.records.copy().values())
-    starts = {
-        record["run_id"]: record.get("task_id") for record in records if record["kind"] == "run_started"
-    }
-    ends = {record["run_id"] for record in records if record["kind"] == "run_ended"}
-    return starts.keys() <= ends and sent <= set(starts.values())
+    return arrived(server, sent, open_at_most=0)
 
 
 def states(server: FaultyServer) -> dict[str, str]:

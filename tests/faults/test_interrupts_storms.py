@@ -18,7 +18,7 @@ import dramatiq
 import pytest
 import rq
 
-from tests.faults.storming import APPS, Storming, notes, nothing_open, states, wrong
+from tests.faults.storming import APPS, Storming, arrived, notes, nothing_open, states, wrong
 from tests.faulty import FaultyServer
 from tests.harness import ROOT, await_
 from tests.torture import effort, found
@@ -141,6 +141,13 @@ def send_messages(worker: RunningWorker, count: int) -> Sent:
     return sent
 
 
+def settle(worker: RunningWorker, server: FaultyServer, sent: Sent) -> None:
+    """Wait until all has arrived, and stop the worker; a shipper without one has 30 s."""
+    worker.wait(lambda: arrived(server, set(sent.kinds)), "end of each task's run", ARRIVAL_S)
+    worker.terminate()
+    await_(lambda: nothing_open(server, set(sent.kinds)), "an end of each run", ARRIVAL_S)
+
+
 # -- what is asked afterwards ------------------------------------------------------------------
 
 
@@ -167,7 +174,7 @@ def check(worker: RunningWorker, server: FaultyServer, sent: Sent, what: str) ->
     )
     assert len(in_task) > len(sent.kinds) / 20, "hardly any struck in our code"
     assert seen["lost"] == [], "the user's handler was in another run"
-    assert wrong(records, sent.kinds.keys()) == []
+    assert wrong(records, set(sent.kinds)) == []
     assert server.violations == []
     assert lost_calls(seen, records) == {}
     return seen
@@ -175,10 +182,10 @@ def check(worker: RunningWorker, server: FaultyServer, sent: Sent, what: str) ->
 
 def lost_calls(seen: dict[str, list[str]], records: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
     """Return the tasks of whose calls some have not arrived: how many it has made, how many have arrived."""
-    arrived: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
     for record in records:
         if record["kind"] == "llm_call":
-            arrived[record["model"]] += 1
+            counts[record["model"]] += 1
     made = {
         task_id: int(word.removeprefix("calls-"))
         for word, ids in seen.items()
@@ -187,9 +194,9 @@ def lost_calls(seen: dict[str, list[str]], records: list[dict[str, Any]]) -> dic
     }
     hit = {*seen["task-inside"], *seen["task-outside"]}  # amid a call that was recorded, maybe
     return {
-        task_id: (count, arrived[task_id])
+        task_id: (count, counts[task_id])
         for task_id, count in made.items()
-        if not count <= arrived[task_id] <= count + (task_id in hit)
+        if not count <= counts[task_id] <= count + (task_id in hit)
     }
 
 
@@ -201,14 +208,13 @@ def test_time_limits_over_an_rq_worker_that_records(make: Make, mode: str, kind:
     """Given jobs that record without a pause, when RQ's time limit strikes all over them, then each job that
     was hit fails by it, each job is one run with one end that agrees with RQ's, and all arrives; and RQ comes
     to no end with a job to which it does not without us."""
-    count = effort(40, 600) if mode == "worker" else effort(60, 1500)
+    count = effort(40, 300) if mode == "worker" else effort(60, 600)
     more = ("--worker-class", f"rq_storm.{kind}")
     with FaultyServer(ingest=True) as server:
         worker = make(RQ, mode, 1, server.url, *more)
         sent = send_jobs(worker, count)
         worker.wait_done(count)
-        worker.terminate()
-        await_(lambda: nothing_open(server, sent.kinds.keys()), "an end of each run", ARRIVAL_S)
+        settle(worker, server, sent)
         ends = outcomes(worker, sent, RQ)
         seen = check(worker, server, sent, f"RQ's time limit over a {kind}")
     failed = {*seen["framework-inside"], *seen["framework-outside"]}
@@ -228,13 +234,12 @@ def test_interrupts_over_a_dramatiq_worker_that_records(make: Make) -> None:
     """Given messages that record without a pause, when Dramatiq raises `TimeLimitExceeded` and `Shutdown` all
     over them, then each that was hit fails by that, each is one run with one end that says so, and all
     arrives; and Dramatiq comes to no end with a message to which it does not without us."""
-    count = effort(60, 1200)
+    count = effort(60, 600)
     with FaultyServer(ingest=True) as server:
         worker = make(DRAMATIQ, "threads", 4, server.url)
         sent = send_messages(worker, count)
         worker.wait_done(count)
-        worker.terminate()
-        await_(lambda: nothing_open(server, sent.kinds.keys()), "an end of each run", ARRIVAL_S)
+        settle(worker, server, sent)
         ends = outcomes(worker, sent, DRAMATIQ)
         check(worker, server, sent, "interrupts over a Dramatiq worker")
     of_kinds = {"TimeLimitExceeded": "error", "Shutdown": "interrupted", "unlimited": "success"}
@@ -250,7 +255,7 @@ def test_interrupts_over_a_dramatiq_worker_that_records(make: Make) -> None:
 def test_greenlets_that_are_ended_from_outside(make: Make) -> None:
     """Given a gevent pool whose greenlets take turns inside our calls, when Celery's time limit and kills
     strike all over them, then each reaches its task, each task is one run with one end, and all arrives."""
-    count = effort(60, 1000)
+    count = effort(60, 400)
     with FaultyServer(ingest=True) as server:
         worker = make(CELERY, "gevent", 10, server.url)
         sent = Sent()
@@ -264,8 +269,7 @@ def test_greenlets_that_are_ended_from_outside(make: Make) -> None:
                 sent.add("unlimited", worker.send("timeouts", BRIEF_S))
         hit = sent.of("kills") | sent.of("timeouts")
         await_(lambda: len(over(worker)) == count, f"the end of {count} tasks", ARRIVAL_S)
-        worker.terminate()
-        await_(lambda: nothing_open(server, sent.kinds.keys()), "an end of each run", ARRIVAL_S)
+        settle(worker, server, sent)
         seen = check(worker, server, sent, "greenlets that are ended from outside")
     assert {*seen["task-inside"], *seen["task-outside"]} == hit
     ends = states(server)
@@ -278,15 +282,14 @@ def test_greenlets_that_are_ended_from_outside(make: Make) -> None:
 def test_a_solo_pool_is_asked_to_give_up(make: Make) -> None:
     """Given a solo pool, when `KeyboardInterrupt` strikes all over its tasks, then each reaches its task,
     each task is one run with one end, and all arrives."""
-    count = effort(60, 1500)
+    count = effort(60, 600)
     with FaultyServer(ingest=True) as server:
         worker = make(CELERY, "solo", 1, server.url)
         sent = Sent()
         for _ in range(count):
             sent.add("keys", worker.send("keys", LONG_S, 0.02))
         await_(lambda: len(over(worker)) == count, f"the end of {count} tasks", ARRIVAL_S)
-        worker.terminate()
-        await_(lambda: nothing_open(server, sent.kinds.keys()), "an end of each run", ARRIVAL_S)
+        settle(worker, server, sent)
         seen = check(worker, server, sent, "KeyboardInterrupt over a solo pool")
     assert {*seen["task-inside"], *seen["task-outside"]} == sent.of("keys")
     assert states(server) == dict.fromkeys(sent.kinds, "error")
