@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,11 +83,15 @@ class Host:
     directory: Path
     settings: dict[str, str]
     python: str = sys.executable
+    temporary: Path = field(init=False)
+    """The temporary directory, with a short path: `multiprocessing` makes Unix sockets in it."""
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for path in (self.home, self.state, self.temporary):
+        for path in (self.home, self.state):
             path.mkdir(parents=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix="host-"))
+        weakref.finalize(self, shutil.rmtree, self.temporary, ignore_errors=True)
 
     @property
     def home(self) -> Path:
@@ -96,15 +103,12 @@ class Host:
         """The user's state directory, in which the spool is by default."""
         return self.directory / "state"
 
-    @property
-    def temporary(self) -> Path:
-        """The temporary directory."""
-        return self.directory / "tmp"
-
     def left_behind(self) -> list[str]:
         """Return every file and directory that scripts have made."""
-        made = [path for root in (self.home, self.state, self.temporary) for path in root.rglob("*")]
-        return sorted(str(path.relative_to(self.directory)) for path in made)
+        roots = {"home": self.home, "state": self.state, "tmp": self.temporary}
+        return sorted(
+            f"{name}/{path.relative_to(root)}" for name, root in roots.items() for path in root.rglob("*")
+        )
 
     def environ(self, **settings: str) -> dict[str, str]:
         """Return a script's environment."""

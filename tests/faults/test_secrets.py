@@ -181,6 +181,8 @@ def test_the_key_is_nowhere_whatever_a_server_does(
         else:
             await_(lambda: flush(destination, 0.3) or len(server.requests) > before, what)  # noqa: B023
             assert len(server.requests) > before, f"{what} did not fire"
+        if what == "echo rejected" and server.ingest:
+            await_(Path(destination.directory, "quarantine.ndjson").exists, what)
         fired += 1
         flush(destination, 0.2)
         assert leaks(tmp_path, KEY) == [], what

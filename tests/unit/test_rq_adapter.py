@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import rq
@@ -24,6 +25,7 @@ from waxell_workers.core.records import LLMCall, RunEnded, RunStarted, TaskLost
 from waxell_workers.testing.conformance.stage import children_in, start_valkey
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:rq")  # RQ 1.16 uses what it deprecates
+PACKAGE = str(Path(adapter.__file__).parent)
 RETURNS_RETRIES = hasattr(rq.worker.BaseWorker, "handle_job_retry")
 
 
@@ -297,7 +299,7 @@ class Interrupting(BaseDeathPenalty):
         sys.settrace(None)
 
     def _trace(self, frame, event, arg):
-        if "/waxell_workers/" not in frame.f_code.co_filename:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line" and not Interrupting.surfaced:
             Interrupting.lines += 1
