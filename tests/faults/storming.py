@@ -35,11 +35,8 @@ def notes(worker: RunningWorker) -> dict[str, list[str]]:
     return found
 
 
-def arrived(server: FaultyServer, sent: set[str], open_at_most: int = 3) -> bool:
-    """True once each task's run has come to its end at the server, and nearly every other.
-
-    A block that was hit as it was entered or left may stay open until its process ends.
-    """
+def arrived(server: FaultyServer, sent: set[str], open_at_most: int) -> bool:
+    """True once each task's run has come to its end at the server, and all but so many others."""
     runs = list(server.runs.values())
     if sum(not run.ends for run in runs) > open_at_most:
         return False
