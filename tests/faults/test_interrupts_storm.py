@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -54,30 +55,27 @@ def storm(self, seconds):
 
 def test_soft_time_limits_over_a_worker_that_records(tmp_path: Path) -> None:
     """Given a pool whose tasks record without a pause, when soft time limits strike all over them, then each
-    task is one run with one end and no parent, each call is in its own task's, and all arrives."""
+    task is one run with one end and no parent, each call is in its own task's, and all arrives; and tasks end
+    in no way in which they do not end without us."""
     (tmp_path / "scenarios.py").write_text(APP)
     notes = tmp_path / "notes"
     notes.touch()
     count = effort(60, 400)
     with children_in(tmp_path) as children, FaultyServer(ingest=True) as server:
-        worker = Worker(
-            start_valkey(children),
-            "http://127.0.0.1:9",
-            server.url,
-            tmp_path,
-            settings={"NOTES": str(notes), "WAXELL_CAPTURE": ""},
-            app=tmp_path,
-        )
+        settings = {"NOTES": str(notes), "WAXELL_CAPTURE": ""}
+        own = (start_valkey(children), "http://127.0.0.1:9", server.url, tmp_path)
+        worker = Worker(*own, settings=settings, app=tmp_path)
+        alone = {"NOTES": str(tmp_path / "alone"), "WAXELL_OBSERVE": "false"}
+        control = Worker(*own, settings=alone, app=tmp_path)
         try:
-            worker.start("-c", "2")
-            sent = {
-                worker.send("storm", 0.06, soft_time_limit=random.uniform(0.01, 0.06)) for _ in range(count)
-            }
-            await_(lambda: done(worker) == count, f"the end of {count} tasks", DEADLINE_S)
-            worker.terminate()
+            sent = execute(worker, count)
             await_(lambda: nothing_open(server, sent), "an end of each run", ARRIVAL_S)
+            ends = outcomes(worker)
+            execute(control, effort(40, 100))
         finally:
             worker.stop()
+            control.stop()
+    assert ends <= outcomes(control)
     hits = notes.read_text().split("\n")
     found(
         "soft time limits over a Celery worker",
@@ -89,6 +87,20 @@ def test_soft_time_limits_over_a_worker_that_records(tmp_path: Path) -> None:
     assert not [line for line in hits if line.startswith("lost")], "the user's handler was in another run"
     assert wrong(list(server.records.values()), sent) == []
     assert server.violations == []
+
+
+def execute(worker: Worker, count: int) -> set[str]:
+    """Have a worker execute a storm of tasks, and stop it; return the tasks."""
+    worker.start("-c", "2")
+    sent = {worker.send("storm", 0.06, soft_time_limit=random.uniform(0.01, 0.08)) for _ in range(count)}
+    await_(lambda: done(worker) == count, f"the end of {count} tasks", DEADLINE_S)
+    worker.terminate()
+    return sent
+
+
+def outcomes(worker: Worker) -> set[str]:
+    """Return in which ways Celery says that tasks have ended."""
+    return set(re.findall(r"\] (succeeded|raised unexpected: \w+|ignored|reject|retry)", worker.text))
 
 
 def done(worker: Worker) -> int:
