@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from tests.faulty import FaultyServer, Run
-from tests.harness import environment
+from tests.harness import await_, environment
+from waxell_workers.core import launch
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import encode
+from waxell_workers.core.inspection import holders
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted
 from waxell_workers.core.shipper import Shipper
 
@@ -76,3 +79,23 @@ def states(server: FaultyServer) -> dict[str, str]:
 def the_run(server: FaultyServer) -> Run:
     (run,) = server.runs.values()
     return run
+
+
+def start_shipper(destination: Destination) -> psutil.Process:
+    """Start a process that ships, as a worker does; return it once it has the lock."""
+    launch.start(destination.settings, destination.directory, thread=False)
+    return await_(lambda: shipper_of(destination), "a shipper")
+
+
+def shipper_of(destination: Destination) -> psutil.Process | None:
+    """Return the process that ships, if there is one."""
+    holder = next(iter(holders(f"{destination.directory}/ship.lock")), None)
+    return psutil.Process(holder.pid) if holder is not None else None
+
+
+def end_shipper(destination: Destination) -> None:
+    """Kill the process that ships, and wait for its end."""
+    shipper = shipper_of(destination)
+    if shipper is not None:
+        shipper.kill()
+        psutil.wait_procs([shipper], 10)

@@ -24,16 +24,23 @@ import pytest
 
 from tests import wild
 from tests.certificates import Certificates, make
-from tests.destination import Destination, call, ended, started, states
+from tests.destination import (
+    Destination,
+    call,
+    end_shipper,
+    ended,
+    start_shipper,
+    started,
+    states,
+)
 from tests.faulty import FaultyServer
 from tests.harness import await_
 from tests.torture import LONG, effort, found
 from tests.unit.test_shipping_answers import Running, quarantined
 from tests.wild import CHUNKED, Play, answers, bomb, chunk, goes_on, says, says_and_hangs, trickles
-from waxell_workers.core import launch, window
 from waxell_workers.core import shipper as shipping
+from waxell_workers.core import window
 from waxell_workers.core.flush import request_flush
-from waxell_workers.core.inspection import holders
 from waxell_workers.core.records import Step
 from waxell_workers.core.shipper import Shipper
 from waxell_workers.export import answers as reading
@@ -634,23 +641,6 @@ def process(server: FaultyServer, tmp_path: Path) -> Iterator[Destination]:
     destination = Destination(server, tmp_path)
     yield destination
     end_shipper(destination)
-
-
-def start_shipper(destination: Destination) -> psutil.Process:
-    launch.start(destination.settings, destination.directory, thread=False)
-    return await_(lambda: shipper_of(destination), "a shipper")
-
-
-def shipper_of(destination: Destination) -> psutil.Process | None:
-    holder = next(iter(holders(f"{destination.directory}/ship.lock")), None)
-    return psutil.Process(holder.pid) if holder is not None else None
-
-
-def end_shipper(destination: Destination) -> None:
-    shipper = shipper_of(destination)
-    if shipper is not None:
-        shipper.kill()
-        psutil.wait_procs([shipper], 10)
 
 
 def most_memory(process: psutil.Process) -> int:

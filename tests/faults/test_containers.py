@@ -27,7 +27,7 @@ import yaml
 from celery import Celery
 
 from tests.acceptance.conftest import children, make_worker, model, session_children, valkey  # noqa: F401
-from tests.faults.test_shipper_process import a_copy_of_the_package
+from tests.faults.test_shipper_process import a_copy_of_the_package, assert_each_once, models
 from tests.faulty import FaultyServer
 from tests.harness import APP, ROOT, Worker, await_, environment
 from tests.torture import LONG, effort
@@ -67,22 +67,6 @@ def server() -> Iterator[FaultyServer]:
     with FaultyServer(ingest=True) as server:
         yield server
         assert server.violations == []
-
-
-def models(server: FaultyServer) -> Counter[str]:
-    """Return how often the call of each model arrived."""
-    return Counter(call["model"] for call in server.calls)
-
-
-def assert_each_once(server: FaultyServer, sent: dict[str, str]) -> None:
-    """Every task of a worker's has one run, ended, with exactly its own call."""
-
-    def arrived() -> dict[str, list[str]]:
-        runs = [run for run in server.runs.copy().values() if run.ends]
-        return {run.start["task_id"]: [call["model"] for call in run.calls] for run in runs}
-
-    await_(lambda: len(arrived()) >= len(sent), f"{len(sent)} ended runs")
-    assert arrived() == {task: [marker] for task, marker in sent.items()}
 
 
 # --- a worker that is process 1 ---------------------------------------------------------------------

@@ -25,11 +25,11 @@ import pytest
 
 import waxell_workers
 from tests import wild
-from tests.destination import Destination, call, ended, started
+from tests.destination import Destination, call, end_shipper, ended, start_shipper, started
 from tests.faulty import FaultyServer
 from tests.harness import START_S, WORK_S, await_, children_in, environment, start_server, start_valkey
 from tests.torture import LONG, effort, found
-from waxell_workers.core import config, launch, profiles
+from waxell_workers.core import config, profiles
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import decode
@@ -119,23 +119,6 @@ def keyed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Faul
         destination.directory = destination.collector.journal.open()
         yield server, destination
         end_shipper(destination)
-
-
-def start_shipper(destination: Destination) -> psutil.Process:
-    launch.start(destination.settings, destination.directory, thread=False)
-    return await_(lambda: shipper_of(destination), "a shipper")
-
-
-def shipper_of(destination: Destination) -> psutil.Process | None:
-    holder = next(iter(holders(f"{destination.directory}/ship.lock")), None)
-    return psutil.Process(holder.pid) if holder is not None else None
-
-
-def end_shipper(destination: Destination) -> None:
-    shipper = shipper_of(destination)
-    if shipper is not None:
-        shipper.kill()
-        psutil.wait_procs([shipper], 10)
 
 
 def flush(destination: Destination, timeout_s: float) -> bool:
