@@ -162,8 +162,8 @@ def figures_of(verdict: Verdict) -> dict[str, Any]:
 
 def _stay(stage: Stage) -> None:
     """Keep the page up until Ctrl-C."""
-    _say(f"The page stays at {stage.server_url} until you press Ctrl-C.")
-    try:
+    try:  # from before it is said: who reads it may be quick
+        _say(f"The page stays at {stage.server_url} until you press Ctrl-C.")
         threading.Event().wait()
     except KeyboardInterrupt:
         _say("")
