@@ -156,13 +156,6 @@ def assert_each_once(server: FaultyServer, sent: dict[str, str]) -> None:
     assert [run.ends for run in server.runs.values() if len(run.ends) != 1] == []
 
 
-def forbidden(what: str) -> None:
-    """Skip, where the kernel does not let us make a fault; but not in CI."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(what)
-    pytest.skip(what)
-
-
 # --- stopped ----------------------------------------------------------------------------------------
 
 
