@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, cast
 
-from . import quarantine, reserve
+from . import quarantine, reserve, spool
 from .abandoned import Sweeper, close_off
 from .caution import REASON, Caution
 from .config import Settings
@@ -43,6 +43,7 @@ _retries.addHandler(logging.NullHandler())
 
 BATCH_BYTES = 1 << 20
 SEGMENT_BYTES = 4 << 20
+_SMALL_SEGMENT_BYTES = 256 << 10
 _POLL_S = 0.2
 _EXPORT_S = 15.0
 """The longest that one batch may take."""
@@ -340,12 +341,21 @@ class Shipper:
             self._export()
             self._progressed = self.delivered + self.rejected > before
             self._answer(waiters)
-        if self._reader.end().offset >= self._segment_bytes:
+        if self._segment_is_full():
             self._rotate()
         self._tidy()
         if self._stop_by is None:
             self._sweeper.go_on()
         self._report()
+
+    def _segment_is_full(self) -> bool:
+        """True if it is time for another one: only a segment that is finished gives room back, of which there
+        is little where much of the spool is others'.
+        """
+        size = self._reader.end().offset
+        if size >= self._segment_bytes:
+            return True
+        return size >= _SMALL_SEGMENT_BYTES and size >= spool.share(self._settings, self._directory) // 4
 
     def _rotate(self) -> None:
         try:

@@ -217,9 +217,10 @@ def begin(attempt: Attempt) -> None:
 def _guard(slot: int) -> None:
     """Have the last run of this thread end with it, at the latest: an interrupt may end the thread itself."""
 
-    def ended(_: object) -> None:
-        _guards.pop(slot, None)
-        run = _slots.pop(slot, None)
+    # By arguments: at the interpreter's end the module's own names have gone before the main thread's guard.
+    def ended(_: object, guards: dict[int, Any] = _guards, slots: dict[int, Run] = _slots) -> None:
+        guards.pop(slot, None)
+        run = slots.pop(slot, None)
         if run is not None and run.is_open:
             run.end("interrupted")
 
