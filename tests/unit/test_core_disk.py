@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.destination import Destination, call, ended, started
+from tests.faults.disks import fill
 from tests.faulty import FaultyServer
 from tests.harness import await_, environment
 from waxell_workers.core import reserve
@@ -58,19 +59,6 @@ def destination_on(disk: Path, server: FaultyServer) -> Destination:
     destination.settings = replace(destination.settings, spool_limit=8 * _DISK)
     destination.collector = Collector(destination.settings)
     return destination
-
-
-def fill(disk: Path) -> Path:
-    """Take all the room that there is."""
-    filler = disk / "filler"
-    with filler.open("ab", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            pass
-    assert os.statvfs(disk).f_bavail == 0
-    return filler
 
 
 def record_runs(destination: Destination, count: int) -> None:
