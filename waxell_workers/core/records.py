@@ -59,10 +59,14 @@ class LLMCall(_Record, frozen=True, kw_only=True, tag="llm_call"):
     """As `gen_ai.provider.name` of the OpenTelemetry GenAI conventions: `openai`, `anthropic`, …"""
     operation: str = "chat"
     """As `gen_ai.operation.name`: `chat`, `embeddings`, …"""
-    tokens_in: int = 0
-    tokens_out: int = 0
-    tokens_cached: int = 0
-    tokens_reasoning: int = 0
+    tokens_in: int | None = None
+    """Of the prompt, with the cached ones. Here and below: None if the provider did not say, which is not 0."""
+    tokens_out: int | None = None
+    """Of the response, with those of reasoning."""
+    tokens_cached: int | None = None
+    tokens_cache_written: int | None = None
+    """Of the prompt, the ones that were written to the provider's cache."""
+    tokens_reasoning: int | None = None
     cost_usd: float | None = None
     """None until somebody knows it; the shipper prices known models."""
     duration_ms: float | None = None
@@ -74,7 +78,11 @@ class LLMCall(_Record, frozen=True, kw_only=True, tag="llm_call"):
     error_message: str = ""
     prompt: str = ""
     response: str = ""
-    """Prompt and response are empty unless `capture_content` is on."""
+    messages: list[dict[str, Any]] = []
+    """What was sent: `role` and `text` of each message. Like prompt and response, empty unless
+    `capture_content` is on."""
+    tool_calls: list[dict[str, Any]] = []
+    """The tools that the model asked for: `name` and `id` of each; `arguments` only with `capture_content`."""
     response_id: str = ""
     finish_reason: str = ""
     metadata: dict[str, Any] = {}
