@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,7 @@ def init(
     exclude: Iterable[str] | None = None,
     capture_content: bool | None = None,
     redact: Redactor | None = None,
+    prices: str | os.PathLike[str] | None = None,
     spool_dir: str | None = None,
     spool_limit: int | str | None = None,
     spool_max_age: float | str | None = None,
@@ -53,6 +55,8 @@ def init(
         exclude: patterns of task names that are not recorded.
         capture_content: True to record prompts, responses, arguments, and errors in full.
         redact: a function from text to text, applied to all content before it is written.
+        prices: your own prices: the path of a JSON file, or `module:function`, imported where records are
+            delivered.
         spool_dir: where the journal lives.
         spool_limit: the most that the spool may hold, in bytes, or as `64 MiB`.
         spool_max_age: how long the backlog of a destination is kept that nobody uses any more, in seconds, or

@@ -46,6 +46,8 @@ class Settings:
     """Patterns (`fnmatch`) of task and agent names that are not recorded."""
     capture_content: bool = False
     redact: Redactor | None = None
+    prices: str = ""
+    """The absolute path of a JSON file with prices, or `module:function`; for the shipper alone."""
     spool_dir: str = ""
     spool_limit: int = 0
     """0 stands for the smaller of 512 MiB and a tenth of the free space."""

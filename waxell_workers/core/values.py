@@ -6,6 +6,7 @@ Relies on nothing but the value itself. A key, or a URL that may hold one, never
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ EXPORTERS = {"waxell": "waxell_workers.export.waxell:WaxellExporter"}
 """Name of an exporter to `module:class`, imported by the shipper alone."""
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _LONGEST_S = 10 * 365 * 86_400
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+"""`module:function`, as in entry points."""
 FALSE = ("0", "false", "no", "off")
 
 Redactor = Callable[[str], str]
@@ -150,6 +153,21 @@ def _callable(name: str, value: object) -> Any:
     return value
 
 
+def _prices(name: str, value: object) -> str:
+    allowed = "expected the path of a .json file, or module:function"
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(name, value, allowed)
+    text = os.fspath(value)
+    if isinstance(text, bytes):
+        raise ConfigError(name, value, allowed)
+    text = text.strip()
+    if not text or _FUNCTION.fullmatch(text):
+        return text
+    if not text.endswith(".json"):
+        raise ConfigError(name, value, allowed)
+    return _path(name, text)
+
+
 PARSERS: dict[str, Callable[[str, object], Any]] = {
     "api_key": _key,
     "api_url": _url,
@@ -164,6 +182,7 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "exclude": _names,
     "capture_content": _boolean,
     "redact": _callable,
+    "prices": _prices,
     "spool_dir": _path,
     "spool_limit": _size,
     "spool_max_age": _age,
