@@ -40,11 +40,13 @@ def ship(drain: bool, timeout: float, adopt: str | None, url: str | None, spool_
     With --adopt after a key or an address was changed: what waits for the old one goes to the new one. That
     is never done unasked, since another key may be another account.
     """
+    from ..core import user_path
     from ..core.config import resolve
     from ..core.foreground import run
     from .complaints import complaints
 
     settings = resolve({"api_url": url, "spool_dir": spool_dir})
+    user_path.remember([os.getcwd()])  # as for `python -m`: a function of the user's may be there
     if not settings.configured:
         raise click.UsageError("nowhere to ship to: set WAXELL_API_KEY, or a loopback WAXELL_API_URL")
     try:

@@ -18,7 +18,7 @@ from types import FrameType
 
 import msgspec
 
-from . import spool
+from . import spool, user_path
 from .config import Settings
 from .flush import FlushResult, request_flush
 from .segments import segment_numbers
@@ -35,6 +35,7 @@ def main() -> None:
     order = msgspec.json.decode(sys.stdin.buffer.readline())
     _leave_standard_input()
     os.environ.update(order.get("environ", {}))  # others cannot read it there
+    user_path.remember(order.get("user_path", []))
     directory: str = order["directory"]
     # The worker may be older or newer than what is installed now: what we do not know, we do without.
     known = {field.name for field in fields(Settings)} & order["settings"].keys()

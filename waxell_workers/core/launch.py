@@ -18,6 +18,7 @@ import time
 
 import msgspec
 
+from . import user_path
 from .config import Settings
 from .flush import FlushResult
 
@@ -38,7 +39,7 @@ _BOOT = (
 )
 _NEEDED = (
     *("api_key", "api_url", "exporter", "flush_interval", "flush_max_records"),
-    *("spool_limit", "spool_max_age", "fsync_interval"),
+    *("spool_limit", "spool_max_age", "fsync_interval", "prices"),
 )
 _NOT_INHERITED = (
     *("PYTHON", "OTEL_", "DD_", "NEW_RELIC_", "SENTRY_", "COVERAGE_", "COV_CORE_"),
@@ -174,6 +175,7 @@ def _start_process(settings: Settings, directory: str) -> None:
         "directory": directory,
         "settings": {name: getattr(settings, name) for name in _NEEDED},
         "environ": _proxies_with_passwords(),
+        "user_path": user_path.of_this_process() if settings.prices else [],
     }
     log = _open_log(f"{directory}/shipper.log")
     try:

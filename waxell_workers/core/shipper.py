@@ -624,4 +624,4 @@ def load_exporter(settings: Settings) -> Exporter:
 def preload(settings: Settings) -> None:
     """Import all that shipping will need, by the `preload` of the exporter's module."""
     module, _, _ = EXPORTERS[settings.exporter].partition(":")
-    importlib.import_module(module).preload()
+    importlib.import_module(module).preload(settings)

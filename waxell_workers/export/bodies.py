@@ -15,6 +15,7 @@ import msgspec
 
 from .._version import __version__
 from ..core.records import LLMCall, RunEnded, RunStarted, RunUpdated, Step
+from .counts import tokens_out
 
 PREVIEW = 500
 """Characters of a prompt or response that WIRE section 3 has room for."""
@@ -96,11 +97,11 @@ def _folded(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def call(call: LLMCall) -> dict[str, Any]:
-    """Make a record of `llm-calls/` (WIRE section 3); an unknown cost is 0.0 there."""
+    """Make a record of `llm-calls/` (WIRE section 3); unknown tokens are 0 there, an unknown cost 0.0."""
     record: dict[str, Any] = {
         "model": call.model,
-        "tokens_in": call.tokens_in,
-        "tokens_out": call.tokens_out,
+        "tokens_in": call.tokens_in or 0,
+        "tokens_out": call.tokens_out or 0,
         "cost": _cost(call),
         "task": task(call),
         "prompt_preview": call.prompt[:PREVIEW],
@@ -132,19 +133,22 @@ def step(step: Step) -> dict[str, Any]:
 
 
 def llm_span(call: LLMCall, started: RunStarted, position: int) -> dict[str, Any]:
-    """Make the span of a call (WIRE section 5): what its record in `llm-calls/` has no field for."""
+    """Make the span of a call (WIRE section 5): what its record in `llm-calls/` has no field for.
+
+    What is not known is not among the attributes: that is how an unknown count or cost differs from 0.
+    """
     attributes: dict[str, Any] = {
         "waxell.call_id": call.id,
         "waxell.started_at": call.at,
         "model": call.model,
         "gen_ai.provider.name": call.provider,
         "gen_ai.operation.name": call.operation,
-        "tokens_in": call.tokens_in,
-        "tokens_out": call.tokens_out,
-        "total_tokens": call.tokens_in + call.tokens_out,
         "task": task(call),
     }
     optional = {
+        "tokens_in": call.tokens_in,
+        "tokens_out": tokens_out(call),
+        "total_tokens": _total(call),
         "cost": call.cost_usd,
         "waxell.duration_ms": call.duration_ms,
         "gen_ai.response.model": call.response_model,
@@ -153,14 +157,14 @@ def llm_span(call: LLMCall, started: RunStarted, position: int) -> dict[str, Any
         "gen_ai.is_streaming": call.streamed,
         "gen_ai.server.time_to_first_token_ms": call.ttft_ms,
         "waxell.tokens_cached": call.tokens_cached,
+        "waxell.tokens_cache_written": call.tokens_cache_written,
         "waxell.tokens_reasoning": call.tokens_reasoning,
+        "waxell.tool_calls": call.tool_calls,
         "error.type": call.error_type,
         "exception.message": call.error_message,
         "waxell.metadata": call.metadata,
     }
-    attributes.update(
-        {name: value for name, value in optional.items() if value or (value == 0 and name == "cost")}
-    )
+    attributes.update({name: value for name, value in optional.items() if _says_something(value)})
     return {
         "name": f"{call.operation} {call.model}",
         "kind": "llm",
@@ -170,9 +174,55 @@ def llm_span(call: LLMCall, started: RunStarted, position: int) -> dict[str, Any
         "start_offset_ms": _offset(call.at, started),
         "parent_position": 0,
         "attributes": attributes,
-        "input_data": {"prompt_preview": call.prompt[:PREVIEW]} if call.prompt else None,
-        "output_data": {"response_preview": call.response[:PREVIEW]} if call.response else None,
+        "input_data": _input(call),
+        "output_data": _output(call),
     }
+
+
+def content_size(span: dict[str, Any]) -> int:
+    """Return about how many characters `without_content` would take away."""
+    given, answered = span["input_data"] or {}, span["output_data"] or {}
+    messages = given.get("full_messages", [])
+    return sum(len(str(each["content"])) for each in messages) + len(answered.get("full_response", ""))
+
+
+def without_content(span: dict[str, Any]) -> dict[str, Any]:
+    """Return a span of a call without messages and the whole answer: previews remain."""
+    short = dict(span)
+    for name in ("input_data", "output_data"):
+        if short[name] is not None:
+            short[name] = {key: value for key, value in short[name].items() if not key.startswith("full_")}
+    return short
+
+
+def _input(call: LLMCall) -> dict[str, Any] | None:
+    told: dict[str, Any] = {"prompt_preview": call.prompt[:PREVIEW]} if call.prompt else {}
+    if call.messages:
+        told["full_messages"] = [
+            {"role": message.get("role", ""), "content": message.get("text", "")} for message in call.messages
+        ]
+    elif len(call.prompt) > PREVIEW:
+        told["full_messages"] = [{"role": "user", "content": call.prompt}]
+    return told or None
+
+
+def _output(call: LLMCall) -> dict[str, Any] | None:
+    if not call.response:
+        return None
+    told: dict[str, Any] = {"response_preview": call.response[:PREVIEW]}
+    if len(call.response) > PREVIEW:
+        told["full_response"] = call.response
+    return told
+
+
+def _total(call: LLMCall) -> int | None:
+    output = tokens_out(call)
+    return None if call.tokens_in is None or output is None else call.tokens_in + output
+
+
+def _says_something(value: Any) -> bool:
+    """False for what is not known, empty or False; 0 is a number like any other."""
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def root_span(started: RunStarted, ended: RunEnded) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ..core.exporting import Outcome
 from .answers import LATE, Answer, Verdict
+from .prices import Pricing
 from .transport import Transport
 
 REFUSALS_LIMIT = 5
@@ -47,13 +48,20 @@ class Delivery:
         deadline: `time.monotonic()` seconds.
         refusals: What earlier calls remember.
         governance: Counts of the server's governance answers, by action.
+        priced: What prices calls.
     """
 
     def __init__(
-        self, transport: Transport, deadline: float, refusals: Refusals, governance: dict[str, int]
+        self,
+        transport: Transport,
+        deadline: float,
+        refusals: Refusals,
+        governance: dict[str, int],
+        priced: Pricing,
     ) -> None:
         self.transport = transport
         self.deadline = deadline
+        self.priced = priced
         self.troubled: set[str] = set()
         """Runs with a request that failed; those that were not even tried are not among them."""
         self._refusals = refusals

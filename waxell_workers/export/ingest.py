@@ -17,7 +17,6 @@ from ..core.exporting import RunBatch
 from ..core.records import LLMCall, Record
 from .answers import Answer, Verdict
 from .delivery import Delivery
-from .prices import priced
 from .transport import EncodingError, encode
 
 BODY_LIMIT = 4 << 20
@@ -58,19 +57,19 @@ def _lines(delivery: Delivery, batches: Iterable[RunBatch]) -> Iterator[_Line]:
     for batch in batches:
         for record in batch.records:
             try:
-                line = encode(_whole(record, batch))
+                line = encode(_whole(delivery, record, batch))
             except EncodingError as error:
                 delivery.reject([record.id], f"{_NAME}: cannot be encoded ({error})")
             else:
                 yield _Line(record.id, line)
 
 
-def _whole(record: Record, batch: RunBatch) -> Record:
+def _whole(delivery: Delivery, record: Record, batch: RunBatch) -> Record:
     if not isinstance(record, LLMCall):
         return record
     if not record.run_id:  # made outside any run: it belongs to the one that it has been grouped into
         record = msgspec.structs.replace(record, run_id=batch.run.started.run_id)
-    return priced(record)
+    return delivery.priced(record)
 
 
 def _cut(lines: Iterable[_Line]) -> Iterator[list[_Line]]:

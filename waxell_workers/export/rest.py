@@ -20,13 +20,14 @@ from ..core.records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, St
 from . import bodies
 from .answers import Answer, Verdict
 from .delivery import Closed, Delivery
-from .prices import priced
 
 RUNS = "/api/v1/observe/runs/"
 SPANS_PER_RUN = 50_000
 """The platform's client sends no more (WIRE section 5)."""
 SPANS_WAITING = 10_000
 """Spans kept in memory over all runs."""
+CONTENT_WAITING = 16 << 20
+"""Characters of messages and answers that wait with them; beyond, spans have the previews only."""
 SPANS_ATTEMPTS = 3
 """A server that is up but cannot take a run's spans is asked so often; then the run goes without."""
 
@@ -39,6 +40,8 @@ _DONE = Answer(Verdict.OK)
 @dataclass(slots=True)
 class _Waiting:
     spans: list[dict[str, Any]] = field(default_factory=list)
+    content: int = 0
+    """Characters of content in them."""
     failures: int = 0
     rooted: bool = False
     """The root span is among the spans, or was sent."""
@@ -64,14 +67,19 @@ class SpanQueue:
             if sum(len(waiting.spans) for waiting in self._runs.values()) >= SPANS_WAITING:
                 self.dropped += 1
                 return
-            self._runs.setdefault(run_id, _Waiting()).spans.append(span)
+            content = bodies.content_size(span)
+            if content and content + sum(each.content for each in self._runs.values()) > CONTENT_WAITING:
+                span, content = bodies.without_content(span), 0
+            waiting = self._runs.setdefault(run_id, _Waiting())
+            waiting.spans.append(span)
+            waiting.content += content
 
     def clear(self, run_id: str, *, dropped: int = 0) -> None:
         """Forget a run's spans; they are delivered, or given up."""
         with self._lock:
             self.dropped += dropped
             if waiting := self._runs.get(run_id):
-                waiting.spans, waiting.failures = [], 0
+                waiting.spans, waiting.content, waiting.failures = [], 0, 0
                 if not waiting.rooted:
                     del self._runs[run_id]
 
@@ -168,7 +176,7 @@ class RunDelivery:
         return _DONE
 
     def _calls(self, left: Sequence[Record]) -> Answer:
-        calls = [priced(record) for record in left if isinstance(record, LLMCall)]
+        calls = [self._delivery.priced(record) for record in left if isinstance(record, LLMCall)]
         if not calls:
             return _DONE
 

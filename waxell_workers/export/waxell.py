@@ -25,7 +25,8 @@ from . import ingest
 from .answers import Answer, Verdict
 from .crew import Crew
 from .delivery import Closed, Delivery, Refusals
-from .prices import price
+from .own_prices import PriceFunction, own_prices
+from .prices import price, pricing
 from .rest import RunDelivery, SpanQueue
 from .transport import Transport
 
@@ -45,19 +46,25 @@ class _Shape:
     asked_at: float
 
 
-def preload() -> None:
-    """Import all that an export needs later: what httpx and genai-prices leave for their first use."""
+def preload(settings: Settings) -> None:
+    """Import all that an export needs later: what httpx and genai-prices leave for their first use.
+
+    And a function with the user's own prices.
+    """
     for name in ("certifi", "encodings.idna", "h11", "httpcore", "stringprep"):
         importlib.import_module(name)
-    price(LLMCall(id="", at=time.time(), model="gpt-4o", tokens_in=1))
+    price(LLMCall(id="", at=time.time(), model="gpt-4o", tokens_in=1, tokens_out=1))
     httpx.Client().close()
+    own = own_prices(settings.prices) if settings.prices else None
+    if isinstance(own, PriceFunction):
+        own.load()
 
 
 class WaxellExporter:
     """Delivers batches to a Waxell server, or to one that speaks its protocol, such as the local server.
 
     Args:
-        settings: `api_url` and `api_key` are used; the key goes to that origin only.
+        settings: `api_url`, `api_key` and `prices` are used; the key goes to that origin only.
         parallel: How many runs are delivered at the same time (REST).
     """
 
@@ -67,6 +74,7 @@ class WaxellExporter:
         self._url = settings.api_url
         self._key = settings.api_key
         self._parallel = max(1, parallel)
+        self._priced = pricing(settings.prices)
         self._crew = Crew(self._parallel)
         self._transport: Transport | None = None
         self._shape: _Shape | None = None
@@ -98,7 +106,7 @@ class WaxellExporter:
             transport = self._open()
         except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
             return Outcome(paused=f"proxy or certificate settings are unusable: {type(error).__name__}")
-        delivery = Delivery(transport, deadline, self._refusals, self.governance)
+        delivery = Delivery(transport, deadline, self._refusals, self.governance, self._priced)
         asked = self._shape is None or time.monotonic() - self._shape.asked_at > CONFIG_MAX_AGE_S
         if asked:
             self._run(delivery, [lambda: self._ask(delivery)])
