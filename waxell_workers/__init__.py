@@ -10,6 +10,7 @@ from .core.context import WaxellContext
 from .core.errors import ConfigError, WaxellWorkersError
 from .core.flush import FlushResult
 from .core.observe import observe
+from .core.redaction import redact_texts
 from .core.runs import get_context
 from .core.tasks import options
 
@@ -27,6 +28,7 @@ __all__ = [
     "observe",
     "options",
     "record_llm_call",
+    "redact_texts",
     "shutdown",
     "stats",
 ]

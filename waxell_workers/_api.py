@@ -29,6 +29,7 @@ def init(
     capture_content: bool | None = None,
     redact: Redactor | None = None,
     prices: str | os.PathLike[str] | None = None,
+    content_limit: int | None = None,
     spool_dir: str | None = None,
     spool_limit: int | str | None = None,
     spool_max_age: float | str | None = None,
@@ -54,7 +55,10 @@ def init(
         capture: names of the SDKs to listen to; all that are supported unless given.
         exclude: patterns of task names that are not recorded.
         capture_content: True to record prompts, responses, arguments, and errors in full.
-        redact: a function from text to text, applied to all content before it is written.
+        content_limit: how many characters are kept of a captured call's prompt, of its response, and of all
+            its messages together (10,000).
+        redact: a function from a record, a dict of plain data, to what may be written of it; called before
+            each write. `redact_texts` makes one of a function from text to text.
         prices: your own prices: the path of a JSON file, or `module:function`, imported where records are
             delivered.
         spool_dir: where the journal lives.
@@ -104,8 +108,8 @@ def stats() -> Stats:
 def record_llm_call(
     *,
     model: str,
-    tokens_in: int = 0,
-    tokens_out: int = 0,
+    tokens_in: int | None = None,
+    tokens_out: int | None = None,
     cost: float | None = None,
     task: str = "chat",
     prompt_preview: str = "",
@@ -141,8 +145,6 @@ def _listen(collector: Collector) -> None:
     capturing.install(
         collector.record_call,
         names=settings.capture,
-        capture_content=settings.capture_content,
-        redact=settings.redact,
         current_run=current_run_id,
     )
 

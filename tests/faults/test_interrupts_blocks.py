@@ -26,8 +26,9 @@ from tests.faults.interrupting import (
     sweep,
 )
 from tests.torture import LONG, effort, found
-from waxell_workers import WaxellContext, get_context, observe
+from waxell_workers import WaxellContext, get_context, observe, redact_texts
 from waxell_workers.core.records import LLMCall
+from waxell_workers.core.values import Redactor
 from waxell_workers.testing import record_runs
 
 pytestmark = [
@@ -150,10 +151,8 @@ WORK: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.parametrize("what", WORK)
-@pytest.mark.parametrize("redact", [None, str.upper], ids=["", "redacted"])
-def test_an_interrupt_anywhere_ends_what_it_hits(
-    what: str, redact: Callable[[str], str] | None, kind: Kind
-) -> None:
+@pytest.mark.parametrize("redact", [None, redact_texts(str.upper)], ids=["", "redacted"])
+def test_an_interrupt_anywhere_ends_what_it_hits(what: str, redact: Redactor | None, kind: Kind) -> None:
     """Given any piece of work, when an interrupt surfaces at any instruction of ours, then it reaches the
     user's code, and no run is open or current there."""
     _noted.clear()

@@ -19,7 +19,7 @@ from opentelemetry.context import get_current
 
 from tests.faults.interrupting import KINDS, Interrupt, Kind, armed, left_behind, locked, open_runs, sweep
 from tests.torture import LONG, effort, found
-from waxell_workers import WaxellContext, get_context
+from waxell_workers import WaxellContext, get_context, redact_texts
 from waxell_workers.testing import record_runs
 
 pytestmark = pytest.mark.timeout(effort(400, 1800))
@@ -118,7 +118,7 @@ def test_an_interrupt_anywhere_in_a_call(
         models.add(following)
         struck += bool(interrupt.where)
 
-    redact = str.upper if content else None
+    redact = redact_texts(str.upper) if content else None
     with record_runs(capture_content=content, redact=redact) as runs:
         call(client, "before")
         for _ in sweep(kind.strike, interrupted, step=effort(CALLS[call], 3)):

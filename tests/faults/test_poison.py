@@ -204,7 +204,10 @@ def hand_over(value: Any) -> None:
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "with content": {"capture_content": True},
-    "redacted": {"redact": lambda text: text.replace("e", "*"), "exclude": ("none*",)},
+    "redacted": {
+        "redact": waxell_workers.redact_texts(lambda text: text.replace("e", "*")),
+        "exclude": ("none*",),
+    },
 }
 
 
@@ -352,7 +355,7 @@ COSTS = """
 import resource, sys, time, waxell_workers
 from waxell_workers.core.collector import current
 waxell_workers.init(api_url="http://127.0.0.1:9", spool_dir=sys.argv[1], shipper="external", capture=(),
-    redact=(lambda text: text.replace("x", "y")) if sys.argv[2] == "redact" else None)
+    redact=waxell_workers.redact_texts(lambda text: text.replace("x", "y")) if sys.argv[2] == "redact" else None)
 value = {value}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with waxell_workers.WaxellContext("warm", inputs={{"a": 1}}) as run:

@@ -17,7 +17,7 @@ import pytest
 
 import waxell_workers
 from tests.harness import await_
-from waxell_workers import WaxellContext, get_context, observe
+from waxell_workers import WaxellContext, get_context, observe, redact_texts
 from waxell_workers.core import collector as collecting
 from waxell_workers.core.config import Settings
 from waxell_workers.core.reader import Reader
@@ -438,7 +438,10 @@ def test_an_error_is_its_type_and_a_bounded_message(journal: Journal) -> None:
 def test_with_capture_content_the_source_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With it, the message is whole and the traceback has its lines, through `redact`."""
     journal = configure(
-        monkeypatch, tmp_path, capture_content=True, redact=lambda text: text.replace("hunter2", "***")
+        monkeypatch,
+        tmp_path,
+        capture_content=True,
+        redact=redact_texts(lambda text: text.replace("hunter2", "***")),
     )
     with pytest.raises(ValueError, match="hunter2"), WaxellContext("a"):
         raise ValueError("hunter2" + "x" * 1000)
@@ -450,7 +453,9 @@ def test_with_capture_content_the_source_is_kept(tmp_path: Path, monkeypatch: py
 
 def test_redact_is_applied_to_what_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs, steps, results, prompts and responses, at any depth, before anything is written."""
-    journal = configure(monkeypatch, tmp_path, redact=lambda text: text.replace("hunter2", "***"))
+    journal = configure(
+        monkeypatch, tmp_path, redact=redact_texts(lambda text: text.replace("hunter2", "***"))
+    )
     with WaxellContext("a", inputs={"deep": [{"er": ("hunter2",)}]}) as run:
         run.record_step("s", {"k": "hunter2"})
         run.record_llm_call(model="m", prompt_preview="hunter2", response_preview="hunter2")
@@ -461,7 +466,9 @@ def test_redact_is_applied_to_what_is_handed_over(tmp_path: Path, monkeypatch: p
 
 def test_redact_is_applied_to_a_call_s_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A provider's error message may quote the prompt."""
-    journal = configure(monkeypatch, tmp_path, redact=lambda text: text.replace("hunter2", "***"))
+    journal = configure(
+        monkeypatch, tmp_path, redact=redact_texts(lambda text: text.replace("hunter2", "***"))
+    )
     waxell_workers.record_llm_call(model="m", status="error", error_message="hunter2")
     assert journal.of(LLMCall)[0].error_message == "***"
 
@@ -478,7 +485,9 @@ def test_redact_sees_all_that_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: object
 ) -> None:
     """Whatever the encoder can write, the redactor has seen."""
-    journal = configure(monkeypatch, tmp_path, redact=lambda text: text.replace("hunter2", "***"))
+    journal = configure(
+        monkeypatch, tmp_path, redact=redact_texts(lambda text: text.replace("hunter2", "***"))
+    )
     with WaxellContext("a") as run:
         run.set_result(value)
     assert len(journal.records()) == 2
@@ -487,7 +496,7 @@ def test_redact_sees_all_that_is_written(
 
 def test_redact_is_applied_to_tags_and_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`redact` is for all content."""
-    configure(monkeypatch, tmp_path, redact=lambda text: text.replace("hunter2", "***"))
+    configure(monkeypatch, tmp_path, redact=redact_texts(lambda text: text.replace("hunter2", "***")))
     with WaxellContext("a", metadata={"m": "hunter2"}) as run:
         run.set_tag("t", "hunter2")
         run.set_metadata("m", "hunter2")
@@ -496,7 +505,9 @@ def test_redact_is_applied_to_tags_and_metadata(tmp_path: Path, monkeypatch: pyt
 
 def test_a_secret_across_the_cut_is_redacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A message is redacted whole and cut afterwards: half a key is still half a key."""
-    journal = configure(monkeypatch, tmp_path, redact=lambda text: text.replace("hunter2hunter2", "***"))
+    journal = configure(
+        monkeypatch, tmp_path, redact=redact_texts(lambda text: text.replace("hunter2hunter2", "***"))
+    )
     with pytest.raises(ValueError, match="hunter2"), WaxellContext("a"):
         raise ValueError("x" * 190 + "hunter2hunter2")
     assert "hunter2" not in journal.of(RunEnded)[0].error_message
@@ -508,7 +519,7 @@ def test_a_redactor_that_fails_costs_the_text(tmp_path: Path, monkeypatch: pytes
     def broken(text: str) -> str:
         raise LookupError(text)
 
-    journal = configure(monkeypatch, tmp_path, redact=broken)
+    journal = configure(monkeypatch, tmp_path, redact=redact_texts(broken))
     with WaxellContext("a", inputs={"q": "hunter2"}):
         pass
     assert journal.of(RunStarted)[0].inputs == {"[redaction failed]": "[redaction failed]"}
@@ -526,7 +537,7 @@ def test_an_interrupt_in_the_redactor_passes(
     def slow(text: str) -> str:
         raise interrupt()
 
-    configure(monkeypatch, tmp_path, redact=slow)
+    configure(monkeypatch, tmp_path, redact=redact_texts(slow))
     with pytest.raises(interrupt), WaxellContext("a") as run:
         run.record_step("s", "text")
 
@@ -542,7 +553,7 @@ def test_an_interrupt_in_the_end_passes_and_leaves_no_open_run(
             raise KeyboardInterrupt
         return text
 
-    journal = configure(monkeypatch, tmp_path, redact=slow)
+    journal = configure(monkeypatch, tmp_path, redact=redact_texts(slow))
     with pytest.raises(KeyboardInterrupt), WaxellContext("a") as run:
         run.set_result("text")
     journal.collector.close_open_runs()
@@ -551,7 +562,7 @@ def test_an_interrupt_in_the_end_passes_and_leaves_no_open_run(
 
 def test_a_cycle_and_a_redactor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is handed over, nothing is raised into the task."""
-    configure(monkeypatch, tmp_path, redact=str.upper)
+    configure(monkeypatch, tmp_path, redact=redact_texts(str.upper))
     cycle: list[Any] = ["x"]
     cycle.append(cycle)
     with WaxellContext("a") as run:

@@ -19,18 +19,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import launch, spool
+from . import launch, redaction, runs, spool
 from .config import Settings, observes, resolve
 from .encoding import encode, key_text
 from .errors import ConfigError
 from .flush import FlushResult, request_flush
 from .ids import new_id
 from .journal import Journal
+from .limits import limit_call, oldest_kept
 from .liveness import ship_lock
 from .records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, Step, TaskLost
 from .runs import MUTED, Run
 from .tally import Tally
 
+from .values import Redactor
 logger = logging.getLogger("waxell_workers")
 
 _LOOK_FOR_SHIPPER_S = 5.0
@@ -104,6 +106,8 @@ class Collector:
     @property
     def _here(self) -> _Process:
         pid = os.getpid()
+        self._written_bare = ""
+        """The last record that was written without its content, since an interrupt hit its redaction."""
         return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
 
     # -- recording -----------------------------------------------------------------------------
@@ -116,8 +120,17 @@ class Collector:
             self._first_record_here()
         return self.journal.token()
 
-    def write(self, record: Record) -> bool:
-        """Write a record; True if it is safe, False if it is lost and counted."""
+    def write(self, record: Record, limit: Callable[[Record], Record] | None = None) -> bool:
+        """Write a record, redacted; True if it is safe, False if it is lost and counted.
+
+        Args:
+            record: what has happened.
+            limit: cuts what is too long in it, once it is redacted.
+
+        Raises:
+            BaseException: an interrupt of the task, which surfaced here; if in the user's `redact`, then the
+                record is written without its content. Written again, it stays so.
+        """
         if not self.active:
             if self.settings.observe:
                 self.journal.drop("unconfigured")
@@ -126,6 +139,12 @@ class Collector:
             return False
         self._here.recorded.add()
         if not self.in_worker:  # a script may be one long run, and who shipped for it may end
+        if self.settings.redact is not None:
+            if record.id == self._written_bare:
+                return True
+            record = self._redacted(self.settings.redact, record)
+        if limit is not None:
+            record = limit(record)
             self.look_for_shipper()
         return True
 
@@ -133,6 +152,15 @@ class Collector:
         self,
         kind: type[RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost],
         *,
+    def _redacted(self, redact: Redactor, record: Record) -> Record:
+        try:
+            return redaction.redacted(redact, record)
+        except BaseException:  # an interrupt's: it goes on, and the record is there before it
+            if self.journal.append(encode(redaction.without_content(record))):
+                self._written_bare = record.id
+                self._here.recorded.add()
+            raise
+
         at: float | None = None,
         **fields: Any,
     ) -> bool:
@@ -149,9 +177,22 @@ class Collector:
         return self.write(kind(at=moment, proc=self.token(), **fields))
 
     def record_call(self, **fields: Any) -> None:
-        """Write an `LLMCall`, whose texts are redacted already; nothing for a call of a muted run."""
-        if fields.get("run_id") != MUTED:
-            self.record(LLMCall, **fields)
+        """Write an `LLMCall` that was captured, redacted, and then cut; nothing for a call of a muted run.
+
+        Args:
+            fields: those of `LLMCall` except `proc`, whole: the texts are redacted and cut here.
+        """
+        if fields.get("run_id") == MUTED:
+            return
+        settings = self.settings
+        left_out = 0
+        if settings.redact is not None and (messages := fields.get("messages")):
+            left_out = oldest_kept(messages)
+            fields["messages"] = messages[left_out:]
+        fields.setdefault("id", new_id())
+        fields.setdefault("at", time.time())
+        call = LLMCall(proc=self.token(), **fields)
+        self.write(call, lambda redacted: limit_call(redacted, settings.content_limit, left_out))
 
     def excluded(self, name: str) -> bool:
         """True if a task or agent of this name is not to be recorded."""
@@ -476,6 +517,13 @@ def instead(collector: Collector) -> Iterator[None]:
     finally:
         collector.close_open_runs()
         _collector = previous
+def _wants_content() -> bool:
+    return _collector is not None and _collector.settings.capture_content
+
+
+runs.set_content_setting(_wants_content)
+
+
         # Without one from before, back to nothing: an inactive collector has no capture.
         _tell(previous or Collector(Settings(observe=False)))
 

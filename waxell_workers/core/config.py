@@ -47,6 +47,8 @@ class Settings:
     capture_content: bool = False
     redact: Redactor | None = None
     prices: str = ""
+    content_limit: int = 10_000
+    """How many characters of a captured call's prompt, of its response, and of all its messages are kept."""
     """The absolute path of a JSON file with prices, or `module:function`; for the shipper alone."""
     spool_dir: str = ""
     spool_limit: int = 0

@@ -1,7 +1,8 @@
-"""What may be written down: the content rules, applied before a record exists.
+"""What may be written down of an error: the content rules, applied before a record exists.
 
-Without `capture_content`, an error is its type and a bounded message, without what an LLM SDK's error says in
-it; a traceback has no source lines. With it, texts are kept, through the user's `redact`.
+Where content is not wanted, an error is its type and a bounded message, without what an LLM SDK's error says
+in it; a traceback has no source lines. Where it is, texts are kept. What `redact` makes of them, and the
+bounds, come later: a text is redacted whole.
 """
 
 from __future__ import annotations
@@ -12,17 +13,13 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
 
-from .config import Settings
-from .encoding import MAX_LINE, SHORT, key_text, module_name, type_name, with_texts
-from .values import Redactor
+from .encoding import module_name, type_name
 
-_MESSAGE_CHARACTERS = 200
+_REPEATED = 200
+"""So much of an SDK's message is looked for in the form that `repr` gives it."""
 _FRAMES = 50
 _MOST_ARGUMENTS = 50
-REDACTION_FAILED = "[redaction failed]"
-"""Stands where a text would, whose redactor failed."""
 _PROVIDERS = (
     *("anthropic.", "cohere.", "google.genai.", "google.generativeai.", "groq.", "instructor.", "langchain"),
     *("litellm.", "llama_index.", "mistralai.", "openai.", "together.", "vertexai."),
@@ -53,36 +50,9 @@ def _modules(error: BaseException) -> Iterator[str]:
     return map(module_name, type.__dict__["__mro__"].__get__(type(error)))
 
 
-def redact_text(redact: Redactor | None, text: str) -> str:
-    """Return a text as the user's `redact` leaves it; one that fails costs the text, never the task.
-
-    What is no text is made one. Of a text that is too long for a record, only as much is looked at as a
-    record holds, and less is kept of it: what `redact` would have found is not cut in two.
-    """
-    if redact is None:
-        return text
-    text = key_text(text)
-    if not text:
-        return text
-    try:
-        clean = redact(text[:MAX_LINE])
-    except Exception as error:  # the user's code: anything may come, and interrupts must pass
-        if is_interrupt(error):
-            raise
-        return REDACTION_FAILED
-    if not isinstance(clean, str):
-        return REDACTION_FAILED
-    if len(text) <= MAX_LINE:
-        return clean
-    return f"{clean[:SHORT]}… [{len(text) - SHORT} characters cut]"
-
-
-def redacted(settings: Settings, value: Any) -> Any:
-    """Return `value` with each text in it, keys too, passed through the user's `redact`."""
-    redact = settings.redact
-    if redact is None or value is None:
-        return value
-    return with_texts(value, lambda text: redact_text(redact, text))
+def redact_text(redact: object, text: str) -> str:
+    """Return a text as it is: the collector redacts records. For capture, until it hands over whole texts."""
+    return text
 
 
 def error_type(error: BaseException) -> str:
@@ -90,15 +60,13 @@ def error_type(error: BaseException) -> str:
     return type_name(type(error)).removeprefix("builtins.").removeprefix("__main__.")
 
 
-def error_message(settings: Settings, error: BaseException) -> str:
-    """Return an exception's text: bounded, and redacted.
+def error_message(error: BaseException, *, wants_content: bool) -> str:
+    """Return an exception's text, whole; where no content is wanted, without what an LLM SDK said.
 
     Made from its arguments that are texts or numbers; `str()` of the exception may run the user's code.
     """
     text = _text(_arguments(error))
-    if settings.capture_content:
-        return redact_text(settings.redact, text)
-    return redact_text(settings.redact, _without_quotes(text, error))[:_MESSAGE_CHARACTERS]
+    return text if wants_content else _without_quotes(text, error)
 
 
 def harmless_message(message: str) -> str:
@@ -121,7 +89,7 @@ def _without_quotes(text: str, error: BaseException) -> str:
         said = _text(_arguments(cause))
         if cause is error:
             return harmless_message(said)
-        for form in (said, repr(said[:_MESSAGE_CHARACTERS])[1:-1]):
+        for form in (said, repr(said[:_REPEATED])[1:-1]):
             before, quoted, _ = text.partition(form[:_TELLING])
             if form and quoted:
                 text = before + (harmless_message(said) or "…")
@@ -177,8 +145,8 @@ def _text_of(part: object) -> str:
         return ""
 
 
-def format_traceback(settings: Settings, trace: TracebackType | None) -> str:
-    """Return the innermost frames of a traceback; source lines only with `capture_content`."""
+def format_traceback(trace: TracebackType | None, *, wants_content: bool) -> str:
+    """Return the innermost frames of a traceback; source lines only where content is wanted."""
     if trace is None:
         return ""
     innermost = deque(traceback.walk_tb(trace), _FRAMES)
@@ -186,8 +154,8 @@ def format_traceback(settings: Settings, trace: TracebackType | None) -> str:
     lines = ["Traceback (most recent call last):"]
     for frame in frames:
         lines.append(f'  File "{_short(frame.filename)}", line {frame.lineno}, in {frame.name}')
-        if settings.capture_content and frame.line:
-            lines.append(f"    {redact_text(settings.redact, frame.line)}")
+        if wants_content and frame.line:
+            lines.append(f"    {frame.line}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import content
 from .collector import current
 from .runs import Run, state_of
 
@@ -64,6 +63,8 @@ class WaxellContext(Run):
         user_id: the end user for whom it runs.
         user_group: the end user's group.
         parent_run_id: the run that caused this one; the current run unless given.
+        capture_content: whether prompts, responses, and errors in full are recorded inside; as in the run
+            around it unless given, and as it is configured outside any.
     """
 
     __slots__ = ("_guard",)
@@ -79,6 +80,7 @@ class WaxellContext(Run):
         *,
         user_group: str | None = None,
         parent_run_id: str | None = None,
+        capture_content: bool | None = None,
     ) -> None:
         self._guard: weakref.ref[Callable[..., Any]] | None = None
         collector = current()
@@ -87,11 +89,12 @@ class WaxellContext(Run):
             agent_name,
             workflow_name,
             inputs,
-            metadata if metadata is None else content.redacted(collector.settings, metadata),
+            metadata,
             session_id,
             user_id,
             user_group=user_group,
             parent_run_id=parent_run_id,
+            capture_content=capture_content,
         )
 
     def __enter__(self) -> WaxellContext:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import math
+import re
 import types
 import uuid
 from collections.abc import Callable, Iterable
@@ -66,7 +68,23 @@ def type_name(kind: type) -> str:
 
 
 def _clean(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+_CUT = re.compile(r"… \[(\d{1,18}) characters cut\]\Z")
+_LONGEST_CUT = 40
+
+
+def cut_text(text: str, characters: int) -> str:
+    """Return the first characters of a text, saying how many were cut, those of an earlier cut included."""
+    if len(text) <= characters:
+        return text
+    size = len(text)
+    earlier = _CUT.search(text[-_LONGEST_CUT:])
+    if earlier is not None:
+        size += int(earlier[1]) - len(earlier[0])
+        text = text[: -len(earlier[0])]
+    return f"{text[:characters]}… [{size - characters} characters cut]"
 
 
 _encode = msgspec.json.Encoder(enc_hook=_placeholder).encode
@@ -130,8 +148,8 @@ _KINDS = {kind.__struct_config__.tag: kind for kind in get_args(Record)}
 
 
 def _fit(values: dict[str, Any]) -> Record:
-    """Return a record of values that a user handed in without minding types: it was taken, so it arrives."""
-    name = values.pop("kind", None)
+    """Return a record of plain values that a user handed in without minding types: taken, so it arrives."""
+    name = values.get("kind")
     kind = _KINDS.get(name) if type(name) is str else None
     if kind is None:
         raise msgspec.ValidationError("no known kind of record")
@@ -143,18 +161,28 @@ def _fit(values: dict[str, Any]) -> Record:
         try:
             fitting[field.name] = msgspec.convert(value, field.type, strict=False)
         except msgspec.ValidationError:
-            if field.type is str and value is not None:
-                fitting[field.name] = str(value)
-            elif field.type is str and field.required:
-                fitting[field.name] = "unknown"
-            elif field.type is int and isinstance(value, float):
-                fitting[field.name] = round(value)
-            elif field.type is float and field.required:
-                fitting[field.name] = 0.0
-            elif field.type == dict[str, Any] and value is not None:
-                fitting[field.name] = {"value": value}
+            if (fitted := _fitted(value, field.type, field.required)) is not None:
+                fitting[field.name] = fitted
     record: Record = msgspec.convert({"kind": kind.__struct_config__.tag, **fitting}, kind)
     return record
+
+
+def _fitted(value: Any, kind: Any, is_required: bool) -> Any:
+    """Return a value as one of a field's type, or None for the field's default."""
+    if value is None:
+        return {str: "unknown", float: 0.0}.get(kind) if is_required else None
+    if kind is str:
+        return str(value)
+    if kind in (int, int | None) and isinstance(value, float) and math.isfinite(value):
+        return round(value)
+    if kind is float and is_required:
+        return 0.0
+    if kind == dict[str, Any]:
+        return {"value": value}
+    if kind == list[dict[str, Any]]:
+        items = value if isinstance(value, list) else [value]
+        return [item if isinstance(item, dict) else {"value": item} for item in items]
+    return None
 
 
 def reduce(value: Any) -> Any:
@@ -173,6 +201,56 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
         except _TooLarge:
             continue
     return _Cut(SHORT, 0, _MAX_DEPTH, change).reduce(value)
+
+
+def to_values(record: Record) -> tuple[dict[str, Any], bool]:
+    """Return all fields of a record and its `kind` as plain data, a copy; texts are whole.
+
+    Where there is far too much for a record, whole items are left out.
+
+    Returns:
+        The values, and True if one is a text that had to be cut all the same: no line can hold it.
+    """
+    values = {"kind": record.__struct_config__.tag, **msgspec.structs.asdict(record)}
+    if _left(values.values(), MAX_LINE, 0, bytes_as_text=False) >= 0:  # in which nobody would find a secret
+        try:
+            return msgspec.json.decode(_encode(values)), False
+        except _UNSAYABLE:
+            pass
+    found = {name: _plain(value) for name, value in values.items()}
+    return {name: value for name, (value, _) in found.items()}, any(was_cut for _, was_cut in found.values())
+
+
+def from_values(values: dict[str, Any], *, cut: bool = False) -> Record:
+    """Return a record of values of any kind; what is of another type than its field is made to fit.
+
+    Args:
+        values: by the names of the fields, with the `kind`.
+        cut: cut each text as where a record is too long.
+
+    Raises:
+        msgspec.ValidationError: what a record is known by is missing.
+    """
+    if not cut and _left(values.values(), MAX_LINE, 0, bytes_as_text=False) >= 0:
+        try:
+            return decode(_encode(values))
+        except _UNSAYABLE:
+            pass
+    return _fit({name: reduce(value) if cut else _plain(value)[0] for name, value in values.items()})
+
+
+def _plain(value: Any) -> tuple[Any, bool]:
+    for items, depth, counted in ((_MAX_NODES, _DEEPEST, MAX_LINE), (_MAX_ITEMS, _MAX_DEPTH, SHORT)):
+        cut = _Cut(MAX_LINE, items, depth, _unchanged, counted)
+        try:
+            return cut.reduce(value), cut.has_cut
+        except _TooLarge:
+            continue
+    return _Cut(SHORT, 0, _MAX_DEPTH, _unchanged).reduce(value), True
+
+
+def _unchanged(text: str) -> str:
+    return text
 
 
 def key_text(key: object) -> str:
@@ -198,11 +276,11 @@ _COLLECTIONS = frozenset(map(id, _SEQUENCES))
 _LARGE, _UNPLAIN = -1, -2
 
 
-def _left(values: Iterable[Any], left: int, depth: int) -> int:
+def _left(values: Iterable[Any], left: int, depth: int, bytes_as_text: bool = True) -> int:
     """Return how many bytes of a line are left, at most, once these values are in it.
 
-    `_LARGE` if there are none; `_UNPLAIN` if code of a user's would run when a value is encoded as it is, or
-    if it nests too deeply.
+    `_LARGE` if there are none; `_UNPLAIN` if code of a user's would run when a value is encoded as it is, if
+    it nests too deeply, or has bytes that must not become text.
     """
     for value in values:
         kind = type(value)
@@ -212,10 +290,12 @@ def _left(values: Iterable[Any], left: int, depth: int) -> int:
             left -= 1
         elif kind is dict or id(kind) in _COLLECTIONS:
             if value:
-                left = _left_inside(value, left, depth)
+                left = _left_inside(value, left, depth, bytes_as_text)
                 if left < 0:
                     return left
         elif id(kind) in _MEASURED:
+            if not bytes_as_text:
+                return _UNPLAIN
             left -= len(value)
         elif not _is_plain_time(value):
             return _UNPLAIN
@@ -224,15 +304,15 @@ def _left(values: Iterable[Any], left: int, depth: int) -> int:
     return left
 
 
-def _left_inside(collection: Any, left: int, depth: int) -> int:
+def _left_inside(collection: Any, left: int, depth: int, bytes_as_text: bool) -> int:
     if depth >= _DEEPEST:
         return _UNPLAIN
     if len(collection) > left:  # before it is copied
         return _LARGE
     # Of copies, since another thread may change it meanwhile.
-    left = _left(tuple(collection), left - len(collection), depth + 1)
+    left = _left(tuple(collection), left - len(collection), depth + 1, bytes_as_text)
     if left >= 0 and type(collection) is dict:
-        left = _left(tuple(collection.values()), left, depth + 1)
+        left = _left(tuple(collection.values()), left, depth + 1, bytes_as_text)
     return left
 
 
@@ -257,7 +337,12 @@ class _Cut:
     """
 
     def __init__(
-        self, text: int, items: int, depth: int = _MAX_DEPTH, change: Callable[[str], str] | None = None
+        self,
+        text: int,
+        items: int,
+        depth: int = _MAX_DEPTH,
+        change: Callable[[str], str] | None = None,
+        counted: int = MAX_LINE,
     ) -> None:
         """Prepare for one record, or one value.
 
@@ -266,9 +351,13 @@ class _Cut:
             items: how many items of a collection are kept.
             depth: how deep collections may nest.
             change: what is done to each text before it is cut.
+            counted: how many characters of a text count, at most, for what fits into a line.
         """
+        self.has_cut = False
+        """True once a text was cut."""
         self._items = items
         self._text = text
+        self._counted = min(text, counted)
         self._depth = depth
         self._change = change
         self._nodes = _MAX_NODES
@@ -350,11 +439,13 @@ class _Cut:
     def _shorten(self, text: str) -> str:
         if self._change is not None:
             text = self._change(text)
-        self._room -= min(len(text), self._text)
+        self._room -= min(len(text), self._counted)
         if self._room < 0:
             raise _TooLarge
-        clean = _clean(text[: self._text])
-        return clean if len(text) <= self._text else f"{clean}… [{len(text) - self._text} characters cut]"
+        if len(text) <= self._text:
+            return _clean(text)
+        self.has_cut = True
+        return _clean(cut_text(text, self._text))
 
 
 def _number(value: int) -> int | str:

@@ -16,13 +16,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 @overload
 def observe(function: _F, /) -> _F: ...
 @overload
-def observe(*, agent_name: str | None = None, workflow_name: str = "default") -> Callable[[_F], _F]: ...
+def observe(
+    *, agent_name: str | None = None, workflow_name: str = "default", capture_content: bool | None = None
+) -> Callable[[_F], _F]: ...
 def observe(
     function: Callable[..., Any] | None = None,
     /,
     *,
     agent_name: str | None = None,
     workflow_name: str = "default",
+    capture_content: bool | None = None,
 ) -> Any:
     """Make each call of a function a run: sync, async, a generator of either kind.
 
@@ -33,6 +36,7 @@ def observe(
         function: the function, where the decorator is used without parentheses.
         agent_name: the run's agent name; the function's qualified name otherwise.
         workflow_name: the run's workflow name.
+        capture_content: whether the content of what happens inside is recorded, as for `WaxellContext`.
     """
 
     def decorate(wrapped: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +44,7 @@ def observe(
         name = agent_name or own_name
 
         def new_run() -> WaxellContext:
-            return WaxellContext(name, workflow_name)
+            return WaxellContext(name, workflow_name, capture_content=capture_content)
 
         if inspect.isasyncgenfunction(wrapped):
             return functools.wraps(wrapped)(_async_generator(wrapped, new_run))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from . import content
 from .encoding import key_text
 from .ids import new_id
+from .limits import limit_error
 from .records import LLMCall, RunEnded, RunStarted, RunUpdated, Step
 
 if TYPE_CHECKING:
@@ -27,6 +29,20 @@ _FOR_EVER = 1e11
 """No Unix time in seconds that anybody means."""
 
 _current: ContextVar[Run | None] = ContextVar("waxell_run", default=None)
+_content_setting: Callable[[], bool] = bool
+"""Returns `capture_content` as it is configured; here until the collector has said how."""
+
+
+def set_content_setting(setting: Callable[[], bool]) -> None:
+    """Have `wants_content` ask this outside any run: what is configured stands above this module."""
+    global _content_setting
+    _content_setting = setting
+
+
+def wants_content() -> bool:
+    """Return whether content is to be recorded here: the current run's choice, else the setting."""
+    run = _current.get()
+    return _content_setting() if run is None else run.wants_content
 
 
 def get_context() -> Run | None:
@@ -55,6 +71,7 @@ class Run:
         "_user_group",
         "_user_id",
         "agent_name",
+        "capture_content",
         "parent_run_id",
         "root_run_id",
         "run_id",
@@ -78,7 +95,9 @@ class Run:
         root_run_id: str | None = None,
         trace_id: str | None = None,
         task_id: str = "",
+        capture_content: bool | None = None,
     ) -> None:
+        self.capture_content = capture_content
         self._collector = collector
         self.run_id = new_id() if collector is not None else MUTED
         self.agent_name = agent_name
@@ -110,9 +129,22 @@ class Run:
         """True for a run that is not recorded."""
         return self._collector is None
 
+    @property
+    def wants_content(self) -> bool:
+        """True if the content of what happens in this run is recorded: its own choice, else the setting.
+
+        The choice is the outer run's, unless this one was given another.
+        """
+        if self._collector is None:
+            return False
+        chosen = self.capture_content
+        return self._collector.settings.capture_content if chosen is None else chosen
+
     def start(self) -> None:
         """Write that the run has begun. Its id exists before, so that an interrupt cannot orphan it."""
         outer = _current.get()
+        if self.capture_content is None and outer is not None:
+            self.capture_content = outer.capture_content
         if self.parent_run_id is None and outer is not None and outer is not self and not outer.is_muted:
             self.parent_run_id = outer.run_id
             self.root_run_id = self.root_run_id or outer.root_run_id
@@ -125,7 +157,6 @@ class Run:
             self._pid = os.getpid()
             return
         # What the user has handed over is compared with None alone: its truth may be the user's code.
-        inputs = content.redacted(collector.settings, self._inputs)
         started = self._unwritten = RunStarted(
             id=self.run_id,
             at=time.time(),
@@ -133,7 +164,7 @@ class Run:
             run_id=self.run_id,
             agent_name=self.agent_name,
             workflow_name=self.workflow_name,
-            inputs={} if inputs is None else inputs,
+            inputs={} if self._inputs is None else self._inputs,
             metadata={} if self._metadata is None else self._metadata,
             session_id="" if self._session_id is None else self._session_id,
             user_id="" if self._user_id is None else self._user_id,
@@ -174,11 +205,10 @@ class Run:
             return
         if self._unwritten is not None:  # an interrupt has surfaced there; written twice, it is one record
             collector.write(self._unwritten)
+            self._unwritten = None
         if error is not None:
             error_type, error_message, traceback = self.describe(error).values()
-        result = self._result
-        if result is not None:
-            result = content.redacted(collector.settings, result)
+        is_limited = error_message and not self.wants_content
         collector.write(
             RunEnded(
                 id=f"{self.run_id}-end",
@@ -190,8 +220,9 @@ class Run:
                 error_type=error_type,
                 error_message=error_message,
                 traceback=traceback,
-                result=result,
-            )
+                result=self._result,
+            ),
+            limit_error if is_limited else None,
         )
         # Only now: an interrupt before the write must not leave a run that nobody ends. Written twice, the
         # end has the same id twice.
@@ -203,11 +234,12 @@ class Run:
         """Return an exception's type, text and traceback as `end` takes them, by the content rules."""
         if self._collector is None:
             return {"error_type": "", "error_message": "", "traceback": ""}
-        settings = self._collector.settings
+        wanted = self.wants_content
+        trace = content.traceback_of(error)
         return {
             "error_type": content.error_type(error),
-            "error_message": content.error_message(settings, error),
-            "traceback": content.format_traceback(settings, content.traceback_of(error)),
+            "error_message": content.error_message(error, wants_content=wanted),
+            "traceback": content.format_traceback(trace, wants_content=wanted),
         }
 
     def enter(self) -> None:
@@ -252,8 +284,8 @@ class Run:
         self,
         *,
         model: str,
-        tokens_in: int = 0,
-        tokens_out: int = 0,
+        tokens_in: int | None = None,
+        tokens_out: int | None = None,
         cost: float | None = None,
         task: str = "chat",
         prompt_preview: str = "",
@@ -264,8 +296,8 @@ class Run:
 
         Args:
             model: the model's name.
-            tokens_in: tokens of the prompt.
-            tokens_out: tokens of the response.
+            tokens_in: tokens of the prompt; None if unknown.
+            tokens_out: tokens of the response, likewise.
             cost: price in USD; None to have known models priced when shipped.
             task: the operation: `chat`, `embeddings`, …
             prompt_preview: text of the prompt, recorded since you hand it over; redacted.
@@ -295,19 +327,16 @@ class Run:
         if collector is None:
             return
         self._steps += 1
-        output = content.redacted(collector.settings, output)
         collector.record(Step, run_id=self.run_id, name=name, output=output, position=self._steps)
 
     def set_tag(self, key: str, value: Any) -> None:
         """Set a tag of this run; written at once, so that a killed run has it."""
         if self._collector is not None:
-            value = content.redacted(self._collector.settings, value)
             self._collector.record(RunUpdated, run_id=self.run_id, tags={key_text(key): value})
 
     def set_metadata(self, key: str, value: Any) -> None:
         """Set a metadata field of this run; written at once."""
         if self._collector is not None:
-            value = content.redacted(self._collector.settings, value)
             self._collector.record(RunUpdated, run_id=self.run_id, metadata={key_text(key): value})
 
     def set_result(self, result: Any) -> None:
@@ -353,15 +382,15 @@ def record_reported_call(
     run_id: str,
     *,
     model: str,
-    tokens_in: int,
-    tokens_out: int,
+    tokens_in: int | None,
+    tokens_out: int | None,
     cost: float | None,
     task: str,
     prompt_preview: str,
     response_preview: str,
     fields: dict[str, Any],
 ) -> None:
-    """Record a call that a user reports, not one that was captured: by the platform's names, and redacted.
+    """Record a call that a user reports, not one that was captured: by the platform's names.
 
     The arguments are those of `Run.record_llm_call`; an empty `run_id` stands for no run.
 
@@ -371,11 +400,6 @@ def record_reported_call(
     if run_id == MUTED:
         return
     at = time.time()
-    redact = collector.settings.redact
-    if redact is not None:
-        prompt_preview = content.redact_text(redact, prompt_preview)
-        response_preview = content.redact_text(redact, response_preview)
-        fields = {name: content.redacted(collector.settings, value) for name, value in fields.items()}
     given = fields.pop("at", None)
     kind = type(given)
     if (kind is int or kind is float) and 0 <= given < _FOR_EVER:

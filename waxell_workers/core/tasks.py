@@ -45,6 +45,7 @@ class Options:
     flush_timeout: float | None = None
     agent_name: str | None = None
     record: bool = True
+    capture_content: bool | None = None
 
 
 def options(
@@ -53,6 +54,7 @@ def options(
     flush_timeout: float | None = None,
     agent_name: str | None = None,
     record: bool = True,
+    capture_content: bool | None = None,
 ) -> Callable[[_F], _F]:
     """Mark a task function, in any framework, above or below the framework's own decorator.
 
@@ -65,13 +67,16 @@ def options(
         flush_timeout: the longest wait of `task`, in seconds.
         agent_name: the run's agent name; the task's name otherwise.
         record: False to record nothing of this task.
+        capture_content: whether its content is recorded: prompts, responses, arguments, and errors in full.
 
     Raises:
-        ConfigError: `flush` is neither policy.
+        ConfigError: `flush` is neither policy, or `capture_content` neither True nor False.
     """
     if flush is not None and flush not in FLUSH_POLICIES:
         raise ConfigError("flush", flush, f"expected one of {', '.join(FLUSH_POLICIES)}")
-    chosen = Options(flush, flush_timeout, agent_name, record)
+    if capture_content is not None and not isinstance(capture_content, bool):
+        raise ConfigError("capture_content", capture_content, "expected True or False")
+    chosen = Options(flush, flush_timeout, agent_name, record, capture_content)
 
     def mark(function: _F) -> _F:
         setattr(function, _OPTIONS, chosen)
@@ -181,16 +186,23 @@ def prepare(task: Task, marked: Options) -> Attempt:
     carried = task.message.get(HEADER)
     own = carried if isinstance(carried, Mapping) else {}
     run = Run(
+    wants_content = marked.capture_content
+    if wants_content is None:  # on a slot of its own, what may still be current is no outer run
+        outer = get_context() if task.nested else None
+        wants_content = None if outer is None else outer.capture_content
+    if wants_content is None:
+        wants_content = settings.capture_content
         collector,
         name,
         task.framework,
-        inputs=task.inputs() if task.inputs is not None and settings.capture_content else None,
+        inputs=task.inputs() if task.inputs is not None and wants_content else None,
         metadata=_metadata(task, own),
         parent_run_id=_text(own.get("parent")),
         root_run_id=_text(own.get("root")),
         trace_id=_trace_id(task.message.get(TRACEPARENT)),
         task_id=task.task_id,
     )
+        capture_content=wants_content,
     timeout = settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout
     return Attempt(run, collector, marked.flush or settings.flush, timeout, slot)
 
@@ -337,7 +349,10 @@ def pool_process_started() -> None:
 
 
 def pool_process_stopping() -> None:
-    """End what this pool process leaves open; its records are safe, so that nothing is waited for."""
+    """End what this pool process leaves open; its records are safe, so that they are not waited for.
+
+    Other tracers are flushed, if that is asked for: what they have in memory goes with this process.
+    """
     collector = configured()
     if collector is not None:
         collector.close_open_runs()

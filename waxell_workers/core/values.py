@@ -23,7 +23,8 @@ _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """`module:function`, as in entry points."""
 FALSE = ("0", "false", "no", "off")
 
-Redactor = Callable[[str], str]
+Redactor = Callable[[dict[str, Any]], dict[str, Any]]
+"""From a record, as plain data, to what may be written of it."""
 
 
 def _text(name: str, value: object) -> str:
@@ -149,7 +150,7 @@ def _one_of(*allowed: str) -> Callable[[str, object], str]:
 
 def _callable(name: str, value: object) -> Any:
     if not callable(value):
-        raise ConfigError(name, value, "expected a function from str to str")
+        raise ConfigError(name, value, "expected a function from a record (dict) to one; see redact_texts")
     return value
 
 
@@ -190,3 +191,4 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "shipper": _one_of(*SHIPPERS),
     "exporter": _one_of(*EXPORTERS),
 }
+    "content_limit": _count,

@@ -9,6 +9,8 @@ from functools import cache
 
 from openai import BadRequestError, OpenAI
 
+from waxell_workers import redact_texts
+
 LONG = "this text is within what may be kept. " * 6
 """More than the 200 characters of a message that are kept."""
 
@@ -66,9 +68,10 @@ def end(how: str, ticket: str, customer: str) -> str:
 ENDS = ("good", "long", "object", "encoding", "provider", "wrapped", "repr", "cut")
 REDACTORS = {
     "": None,
-    "good": lambda text: text.replace("q7x", "[gone]"),
-    "raises": lambda text: 1 / 0,
-    "rubbish": lambda text: {"a": text},
-    "nothing": lambda text: None,
+    "good": redact_texts(lambda text: text.replace("q7x", "[gone]")),
+    "raises": redact_texts(lambda text: 1 / 0),
+    "rubbish": redact_texts(lambda text: {"a": text}),
+    "raises at records": lambda record: 1 / 0,
+    "nothing": lambda record: None,
 }
 REDACT = REDACTORS[os.environ.get("CONFIDENTIAL_REDACT", "")]

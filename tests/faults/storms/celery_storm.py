@@ -20,7 +20,7 @@ app = Celery(broker=os.environ["BROKER_URL"])
 app.conf.worker_prefetch_multiplier = 1
 
 
-waxell_workers.init(redact=noting.redact)
+waxell_workers.init(redact=waxell_workers.redact_texts(noting.redact))
 
 
 @app.task(bind=True, name="scenarios.timeouts")
