@@ -31,8 +31,8 @@ from .liveness import ship_lock
 from .records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, Step, TaskLost
 from .runs import MUTED, Run
 from .tally import Tally
-
 from .values import Redactor
+
 logger = logging.getLogger("waxell_workers")
 
 _LOOK_FOR_SHIPPER_S = 5.0
@@ -102,12 +102,12 @@ class Collector:
         self._looked_at = _NEVER
         self._starts = 0
         self._start_after = _NEVER
+        self._written_bare = ""
+        """The last record that was written without its content, since an interrupt hit its redaction."""
 
     @property
     def _here(self) -> _Process:
         pid = os.getpid()
-        self._written_bare = ""
-        """The last record that was written without its content, since an interrupt hit its redaction."""
         return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
 
     # -- recording -----------------------------------------------------------------------------
@@ -135,23 +135,19 @@ class Collector:
             if self.settings.observe:
                 self.journal.drop("unconfigured")
             return False
-        if not self.journal.append(encode(record)):
-            return False
-        self._here.recorded.add()
-        if not self.in_worker:  # a script may be one long run, and who shipped for it may end
         if self.settings.redact is not None:
             if record.id == self._written_bare:
                 return True
             record = self._redacted(self.settings.redact, record)
         if limit is not None:
             record = limit(record)
+        if not self.journal.append(encode(record)):
+            return False
+        self._here.recorded.add()
+        if not self.in_worker:  # a script may be one long run, and who shipped for it may end
             self.look_for_shipper()
         return True
 
-    def record(
-        self,
-        kind: type[RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost],
-        *,
     def _redacted(self, redact: Redactor, record: Record) -> Record:
         try:
             return redaction.redacted(redact, record)
@@ -161,6 +157,10 @@ class Collector:
                 self._here.recorded.add()
             raise
 
+    def record(
+        self,
+        kind: type[RunStarted | LLMCall | Step | RunUpdated | RunEnded | TaskLost],
+        *,
         at: float | None = None,
         **fields: Any,
     ) -> bool:
@@ -480,6 +480,13 @@ def configured() -> Collector | None:
     return _collector
 
 
+def _wants_content() -> bool:
+    return _collector is not None and _collector.settings.capture_content
+
+
+runs.set_content_setting(_wants_content)
+
+
 def is_off() -> bool:
     """True if everything is switched off here; configures nothing, so that a web process stays as it is."""
     if _collector is not None:
@@ -517,13 +524,6 @@ def instead(collector: Collector) -> Iterator[None]:
     finally:
         collector.close_open_runs()
         _collector = previous
-def _wants_content() -> bool:
-    return _collector is not None and _collector.settings.capture_content
-
-
-runs.set_content_setting(_wants_content)
-
-
         # Without one from before, back to nothing: an inactive collector has no capture.
         _tell(previous or Collector(Settings(observe=False)))
 

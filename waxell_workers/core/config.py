@@ -45,10 +45,10 @@ class Settings:
     exclude: tuple[str, ...] = ()
     """Patterns (`fnmatch`) of task and agent names that are not recorded."""
     capture_content: bool = False
-    redact: Redactor | None = None
-    prices: str = ""
     content_limit: int = 10_000
     """How many characters of a captured call's prompt, of its response, and of all its messages are kept."""
+    redact: Redactor | None = None
+    prices: str = ""
     """The absolute path of a JSON file with prices, or `module:function`; for the shipper alone."""
     spool_dir: str = ""
     spool_limit: int = 0

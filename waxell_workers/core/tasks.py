@@ -185,13 +185,13 @@ def prepare(task: Task, marked: Options) -> Attempt:
         return Attempt(Run(None, name, task.framework), collector, "periodic", 0.0, slot)
     carried = task.message.get(HEADER)
     own = carried if isinstance(carried, Mapping) else {}
-    run = Run(
     wants_content = marked.capture_content
     if wants_content is None:  # on a slot of its own, what may still be current is no outer run
         outer = get_context() if task.nested else None
         wants_content = None if outer is None else outer.capture_content
     if wants_content is None:
         wants_content = settings.capture_content
+    run = Run(
         collector,
         name,
         task.framework,
@@ -201,8 +201,8 @@ def prepare(task: Task, marked: Options) -> Attempt:
         root_run_id=_text(own.get("root")),
         trace_id=_trace_id(task.message.get(TRACEPARENT)),
         task_id=task.task_id,
-    )
         capture_content=wants_content,
+    )
     timeout = settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout
     return Attempt(run, collector, marked.flush or settings.flush, timeout, slot)
 

@@ -182,6 +182,7 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "capture": _names,
     "exclude": _names,
     "capture_content": _boolean,
+    "content_limit": _count,
     "redact": _callable,
     "prices": _prices,
     "spool_dir": _path,
@@ -191,4 +192,3 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "shipper": _one_of(*SHIPPERS),
     "exporter": _one_of(*EXPORTERS),
 }
-    "content_limit": _count,
