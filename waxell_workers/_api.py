@@ -145,6 +145,8 @@ def _listen(collector: Collector) -> None:
     capturing.install(
         collector.record_call,
         names=settings.capture,
+        capture_content=settings.capture_content,
+        redact=settings.redact,
         current_run=current_run_id,
     )
 
