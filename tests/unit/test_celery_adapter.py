@@ -97,6 +97,36 @@ def test_arguments_are_content(app, records, configure):
     assert [record.inputs for record in records(RunStarted)] == [{}, {"args": [1], "kwargs": {"text": "x"}}]
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("above", [True, False], ids=["above @app.task", "below it"])
+def test_a_task_chooses_its_content(app, records, configure, wanted, above):
+    """`@options(capture_content=…)` beats the setting, for arguments, errors, and a task inside."""
+    configure(capture_content=not wanted)
+    mark = options(capture_content=wanted)
+
+    @app.task(name="t.inner")
+    def inner():
+        raise ValueError("x" * 300)
+
+    @app.task(name="t.plain")
+    def plain(text):
+        pass
+
+    def chosen(text):
+        inner.apply()
+        raise ValueError("x" * 300)
+
+    make = app.task(name="t.chosen")
+    task = mark(make(chosen)) if above else make(mark(chosen))
+    task.delay("text")
+    plain.delay("text")
+    inputs = {record.agent_name: bool(record.inputs) for record in records(RunStarted)}
+    assert inputs == {"t.chosen": wanted, "t.inner": wanted, "t.plain": not wanted}
+    names = {record.run_id: record.agent_name for record in records(RunStarted)}
+    errors = {names[end.run_id]: len(end.error_message) for end in records(RunEnded) if end.state == "error"}
+    assert errors == dict.fromkeys(("t.chosen", "t.inner"), 300 if wanted else 200)
+
+
 def test_a_message_carries_its_lineage(records):
     """A message that is sent inside a run names it; sent again, it keeps its first parent."""
     headers = {}

@@ -490,6 +490,42 @@ def test_arguments_are_content(records, broker, tmp_path, monkeypatch):
     assert [start.inputs for start in records(RunStarted)] == [{}, {"args": [1], "kwargs": {"text": "x"}}]
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("above", [True, False], ids=["above @actor", "below it"])
+def test_an_actor_chooses_its_content(records, broker, tmp_path, monkeypatch, wanted, above):
+    """`@options(capture_content=…)` beats the setting, for the actor's arguments and its error."""
+    settings = Settings(
+        api_url="http://127.0.0.1:9",
+        spool_dir=str(tmp_path),
+        shipper="external",
+        shutdown_timeout=0.0,
+        capture_content=not wanted,
+    )
+    monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
+    mark, make = options(capture_content=wanted), dramatiq.actor(broker=broker, max_retries=0)
+
+    def chosen(text):
+        raise ValueError("x" * 300)
+
+    @dramatiq.actor(broker=broker, max_retries=0)
+    def other(text):
+        raise ValueError("x" * 300)
+
+    actor = mark(make(chosen)) if above else make(mark(chosen))
+    actor.send("text")
+    other.send("text")
+    work(broker)
+    names = {start.run_id: start.agent_name for start in records(RunStarted)}
+    assert {start.agent_name: bool(start.inputs) for start in records(RunStarted)} == {
+        "chosen": wanted,
+        "other": not wanted,
+    }
+    assert {names[end.run_id]: len(end.error_message) for end in records(RunEnded)} == {
+        "chosen": 300 if wanted else 200,
+        "other": 200 if wanted else 300,
+    }
+
+
 # -- interrupts, ends, and processes that are no worker ----------------------------------------
 
 

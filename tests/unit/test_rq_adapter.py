@@ -88,6 +88,16 @@ def named():
     pass
 
 
+@options(capture_content=True)
+def fail_with_content(text):
+    raise ValueError("x" * 300)
+
+
+@options(capture_content=False)
+def fail_without_content(text):
+    raise ValueError("x" * 300)
+
+
 def fail():
     raise ValueError("no")
 
@@ -235,6 +245,20 @@ def test_arguments_are_content(redis, queue, records, monkeypatch):
     queue.enqueue(call, 1, text="x")
     work(redis)
     assert [record.inputs for record in records(RunStarted)] == [{}, {"args": [1], "kwargs": {"text": "x"}}]
+
+
+@pytest.mark.parametrize("setting", [True, False])
+def test_a_job_chooses_its_content(redis, queue, records, monkeypatch, setting):
+    """`@options(capture_content=…)` beats the setting, for the job's arguments and its error."""
+    settings = dataclasses.replace(collecting.current().settings, capture_content=setting)
+    monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
+    queue.enqueue(fail_with_content, "text")
+    queue.enqueue(fail_without_content, "text")
+    work(redis)
+    with_content, without_content = records(RunStarted)
+    assert (with_content.inputs, without_content.inputs) == ({"args": ["text"], "kwargs": {}}, {})
+    lengths = {end.run_id: len(end.error_message) for end in records(RunEnded)}
+    assert lengths == {with_content.run_id: 300, without_content.run_id: 200}
 
 
 def test_a_job_that_rq_cannot_account_for_is_no_retry(redis, queue, records, monkeypatch):

@@ -290,6 +290,25 @@ def test_arguments_are_content(configure, records, content):
     assert run.inputs == ({"args": ["text"], "kwargs": {"other": "<builtins.object>"}} if content else {})
 
 
+@pytest.mark.parametrize("setting", [True, False])
+def test_a_task_chooses_its_content(configure, records, setting):
+    """`@options(capture_content=…)` on a task's function beats the setting."""
+    configure(capture_content=setting)
+
+    @options(capture_content=not setting)
+    def chosen(text):
+        pass
+
+    async def endpoint(request):
+        tasks = BackgroundTasks()
+        tasks.add_task(chosen, "text")
+        tasks.add_task(lambda text: None, "text")
+        return PlainTextResponse("ok", background=tasks)
+
+    call(application(endpoint, OURS))
+    assert [bool(run.inputs) for run in records(RunStarted)] == [not setting, setting]
+
+
 def test_a_request_is_flushed_once_and_after_its_last_task(configure, records, flushes):
     """One flush for the request, off the loop's thread, for as long as the most patient task says."""
     configure(flush="task", flush_timeout=2.0)
