@@ -12,6 +12,7 @@ from .core.config import resolve
 from .core.flush import FlushResult
 from .core.runs import current_run_id, record_reported_call
 from .core.values import Redactor
+from .drain import Drain
 
 
 def init(
@@ -24,6 +25,7 @@ def init(
     flush_max_records: int | None = None,
     flush_timeout: float | None = None,
     shutdown_timeout: float | None = None,
+    drain: Iterable[str] | None = None,
     capture: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     capture_content: bool | None = None,
@@ -52,6 +54,8 @@ def init(
         flush_max_records: how many records are exported sooner (512).
         flush_timeout: the longest that a flush waits, in seconds (2).
         shutdown_timeout: the longest that a stopping worker waits, in seconds (3).
+        drain: names of other tracers (`openai-agents`, `opentelemetry`) to flush where we flush, and where a
+            worker's child process ends, within the same deadline; none unless given.
         capture: names of the SDKs to listen to; all that are supported unless given.
         exclude: patterns of task names that are not recorded.
         capture_content: True to record prompts, responses, arguments, and errors in full.
@@ -151,4 +155,10 @@ def _listen(collector: Collector) -> None:
     )
 
 
+def _drain(collector: Collector) -> None:
+    settings = collector.settings
+    collector.others = Drain(settings.drain) if settings.observe and settings.drain else None
+
+
 when_configured(_listen)
+when_configured(_drain)

@@ -14,6 +14,7 @@ not: those of a task are connected twice, and the second call does what an inter
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -117,6 +118,8 @@ def _ended(task: CeleryTask, state: str | None = None, **_: Any) -> None:
 
 
 _lost_tasks: dict[str, float] = {}
+_parents: set[int] = set()
+"""The process that has made pool processes, which have a part of the stop's seconds."""
 
 
 def _lost(task_id: str, exception: BaseException) -> None:
@@ -139,8 +142,13 @@ def _revoked(request: Any = None, terminated: bool = False, signum: Any = None, 
         tasks.task_lost(request.id, reason, "Terminated", state="revoked")
 
 
-@_connect(signals.celeryd_after_setup)
 @_connect(signals.worker_before_create_process)
+def _creating_pool_process(**_: Any) -> None:
+    _parents.add(os.getpid())
+    tasks.worker_booting()
+
+
+@_connect(signals.celeryd_after_setup)
 def _booting(**_: Any) -> None:
     tasks.worker_booting()
 
@@ -166,7 +174,7 @@ def _pool_process_stopping(**_: Any) -> None:
 
 @_connect(signals.worker_shutdown)
 def _worker_stopping(**_: Any) -> None:
-    tasks.worker_stopping()
+    tasks.worker_stopping(tasks.pool_share_s() if os.getpid() in _parents else 0.0)
 
 
 # -- translation -------------------------------------------------------------------------------

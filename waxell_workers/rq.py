@@ -111,8 +111,9 @@ class Queue(rq.Queue):
 class _Work:
     """One attempt, in the process that executes it; known by its job, whose `perform` it takes over."""
 
-    def __init__(self, job: Job, worker: str, *, nested: bool = False) -> None:
+    def __init__(self, job: Job, worker: str, *, nested: bool = False, ends_process: bool = False) -> None:
         self._job = job
+        self._ends_process = ends_process
         self._worker = worker
         self._nested = nested
         self._attempt: tasks.Attempt | None = None
@@ -161,7 +162,7 @@ class _Work:
             self._close()
             raise
         if self._attempt is not None:
-            tasks.flush(self._attempt, _FLUSH_AT_MOST_S)
+            tasks.flush(self._attempt, _FLUSH_AT_MOST_S, ends_process=self._ends_process)
 
     def _close(self) -> None:
         self._job.__dict__.pop("perform", None)
@@ -202,7 +203,7 @@ class WorkerMixin(_Worker):
 
     def perform_job(self, job: Job, queue: rq.Queue, *args: Any, **kwargs: Any) -> bool:
         """Perform a job, as a run."""
-        work = _Work(job, self.name)
+        work = _Work(job, self.name, ends_process=self.is_horse)
         try:
             return super().perform_job(job, queue, *args, **kwargs)
         except BaseException as error:  # Redis is gone, or a signal handler has raised
@@ -244,8 +245,11 @@ class WorkerMixin(_Worker):
         try:
             return super().work(*args, **kwargs)
         finally:
-            if self._waxell_executed and multiprocessing.parent_process() is not None:
-                _stopping()
+            if self._waxell_executed:
+                if multiprocessing.parent_process() is not None:
+                    _stopping(spent_s=_POOL_LOOKS_EVERY_S)
+                elif tasks.drains():  # from Python 3.12 on, no thread can be started in `atexit`
+                    _stopping()
 
     def heartbeat(self, *args: Any, **kwargs: Any) -> None:
         """Look after the shipper as often as RQ says that the worker lives."""
@@ -291,10 +295,10 @@ if hasattr(rq.worker, "SpawnWorker"):  # RQ 2.2 has it first
                 _spawn(self, job, queue)
 
 
-def _stopping() -> None:
+def _stopping(spent_s: float = 0.0) -> None:
     """Have delivered what is there: a pool's worker ends without `atexit`, where other processes do this."""
     try:
-        tasks.worker_stopping(spent_s=_POOL_LOOKS_EVERY_S)
+        tasks.worker_stopping(spent_s)
     except _STOP_REQUESTED:
         # A first SIGTERM, to a worker that is leaving already: RQ raises wherever it is.
         pass

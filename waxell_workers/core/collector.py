@@ -28,6 +28,7 @@ from .ids import new_id
 from .journal import Journal
 from .limits import limit_call, oldest_kept
 from .liveness import ship_lock
+from .others import OtherTracers
 from .records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, Step, TaskLost
 from .runs import MUTED, Run
 from .tally import Tally
@@ -61,6 +62,8 @@ class Stats:
     """The directory of the journal; empty as long as nothing was written."""
     shipper: str = ""
     """How records are shipped from this process: `process`, `thread`, `external`, or empty."""
+    drained: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By tracer that `drain` names: how often it was `flushed`, how often that `failed` or was `late`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -93,6 +96,7 @@ class Collector:
         self.active = settings.configured
         self.journal = Journal(settings)
         self.open_runs: dict[str, Run] = {}
+        self.others: OtherTracers | None = None
         self.warned = False
         self.in_worker = in_worker
         self._processes: dict[int, _Process] = {}
@@ -335,13 +339,38 @@ class Collector:
             True as a truth value only if nothing is pending and nothing was dropped.
         """
         timeout = self.settings.flush_timeout if timeout is None else max(0.0, timeout)
+        deadline = time.monotonic() + timeout
+        return self._and_others(lambda: self._flush(deadline, everybody), deadline)
+
+    def _and_others(self, flush: Callable[[], FlushResult], deadline: float) -> FlushResult:
         here = self._here
         told = here.told_drops
         try:
-            return self._flush(time.monotonic() + timeout, everybody)
+            wait_for_others = self._flush_others(deadline)
+            result = flush()
+            wait_for_others()
+            return result
         except BaseException:  # an interrupt's: nobody has been told of what was lost
             here.told_drops = told
             raise
+
+    def drain(self, timeout: float) -> None:
+        """Flush the other tracers of this process that `drain` names, and nothing of ours."""
+        self._flush_others(time.monotonic() + timeout)()
+
+    def _flush_others(self, deadline: float) -> Callable[[], None]:
+        """Begin to flush other tracers, if asked to; return what waits for them, until the deadline."""
+        if self.others is None or deadline <= time.monotonic():
+            return _nothing
+        return self.others.begin(deadline)
+
+    @property
+    def pool_share_s(self) -> float:
+        """The seconds of `shutdown_timeout` in which a pool's processes flush other tracers, if they do.
+
+        The other half is the main process's, which stops after them.
+        """
+        return 0.0 if self.others is None else max(0.0, self.settings.shutdown_timeout - _EXIT_MARGIN_S) / 2
 
     def _flush(self, deadline: float, everybody: bool) -> FlushResult:
         dropped = self._new_drops()
@@ -378,12 +407,15 @@ class Collector:
         A shipper that is a process of its own goes on by itself with what remains.
         """
         deadline = time.monotonic() + timeout
+        return self._and_others(lambda: self._shutdown(deadline), deadline)
+
+    def _shutdown(self, deadline: float) -> FlushResult:
         everybody = self.in_worker or self._forked_at > 0
         directory = self._find_directory()
         if not self.active or not directory:
-            return self.force_flush(0)
+            return self._flush(0, False)
         if self.shipper_kind() != "thread":
-            return self.force_flush(timeout, everybody=everybody)
+            return self._flush(deadline, everybody)
         delivered = dropped = 0
         while True:
             if not _is_shipped_elsewhere(directory):
@@ -392,7 +424,7 @@ class Collector:
                     dropped += own.dropped + self._new_drops()
                     return FlushResult(delivered + own.delivered, own.pending, dropped)
             # In turns: another script, whose thread ships for us too, may end or die meanwhile.
-            result = self.force_flush(min(_TURN_S, deadline - time.monotonic()), everybody=everybody)
+            result = self._flush(min(time.monotonic() + _TURN_S, deadline), everybody)
             delivered, dropped = delivered + result.delivered, dropped + result.dropped
             if result.pending == 0 or time.monotonic() >= deadline:
                 return FlushResult(delivered, result.pending, dropped)
@@ -416,6 +448,7 @@ class Collector:
             pending=recorded - self._here.confirmed,
             spool=self.journal.directory,
             shipper=self.shipper_kind() if self.active else "",
+            drained=self.others.counts() if self.others is not None else {},
         )
 
 
@@ -430,6 +463,10 @@ def _keep_interrupt() -> None:
             exec("raise KeyboardInterrupt")
         except KeyboardInterrupt:
             pass
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_shipped(directory: str) -> bool:

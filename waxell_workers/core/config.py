@@ -40,6 +40,8 @@ class Settings:
     flush_max_records: int = 512
     flush_timeout: float = 2.0
     shutdown_timeout: float = 3.0
+    drain: tuple[str, ...] = ()
+    """Other tracers that are flushed where we flush, and where a worker's child process ends."""
     capture: tuple[str, ...] | None = None
     """SDKs to listen to; None stands for every one that is supported, () for none."""
     exclude: tuple[str, ...] = ()

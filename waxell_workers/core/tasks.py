@@ -181,8 +181,9 @@ def prepare(task: Task, marked: Options) -> Attempt:
     settings = collector.settings
     name = marked.agent_name or settings.agent_name or task.name
     slot = None if task.nested else threading.get_ident()
+    timeout = settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout
     if not settings.observe or not marked.record or collector.excluded(task.name):
-        return Attempt(Run(None, name, task.framework), collector, "periodic", 0.0, slot)
+        return Attempt(Run(None, name, task.framework), collector, "periodic", timeout, slot)
     carried = task.message.get(HEADER)
     own = carried if isinstance(carried, Mapping) else {}
     wants_content = marked.capture_content
@@ -203,7 +204,6 @@ def prepare(task: Task, marked: Options) -> Attempt:
         task_id=task.task_id,
         capture_content=wants_content,
     )
-    timeout = settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout
     return Attempt(run, collector, marked.flush or settings.flush, timeout, slot)
 
 
@@ -285,20 +285,26 @@ def _close(attempt: Attempt, state: str, error: dict[str, Any]) -> None:
         del _slots[attempt.slot]
 
 
-def flush(attempt: Attempt, time_left_s: float | None = None) -> None:
+def flush(attempt: Attempt, time_left_s: float | None = None, *, ends_process: bool = False) -> None:
     """Wait, under the `task` policy, until what an attempt has recorded is at the server.
 
     Args:
         attempt: what was closed.
         time_left_s: seconds until the framework would kill this process, if it would.
+        ends_process: True if this process ends with the attempt; whatever the policy, other tracers have then
+            to be flushed, if they are at all.
     """
-    if attempt.flush != "task":
+    if attempt.flush != "task" and not ends_process:
         return
     timeout = attempt.flush_timeout
     if time_left_s is not None:
         timeout = min(timeout, time_left_s - _LIMIT_MARGIN_S)
-    if timeout > 0:
+    if timeout <= 0:
+        return
+    if attempt.flush == "task":
         attempt.collector.force_flush(timeout)
+    else:
+        attempt.collector.drain(timeout)
 
 
 def task_lost(task_id: str, reason: str, error_type: str = "", *, state: str = "killed") -> None:
@@ -356,6 +362,19 @@ def pool_process_stopping() -> None:
     collector = configured()
     if collector is not None:
         collector.close_open_runs()
+        collector.drain(collector.pool_share_s)
+
+
+def drains() -> bool:
+    """True if other tracers are flushed where we flush."""
+    collector = configured()
+    return collector is not None and collector.others is not None
+
+
+def pool_share_s() -> float:
+    """Return the seconds of `shutdown_timeout` that a pool's processes may have waited as they ended."""
+    collector = configured()
+    return 0.0 if collector is None else collector.pool_share_s
 
 
 def worker_stopping(spent_s: float = 0.0) -> None:

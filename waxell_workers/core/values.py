@@ -17,6 +17,8 @@ FLUSH_POLICIES = ("periodic", "task")
 SHIPPERS = ("auto", "process", "thread", "external")
 EXPORTERS = {"waxell": "waxell_workers.export.waxell:WaxellExporter"}
 """Name of an exporter to `module:class`, imported by the shipper alone."""
+DRAINABLE = ("openai-agents", "opentelemetry")
+"""Other tracers that can be flushed with us; `waxell_workers.drain` knows how."""
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _LONGEST_S = 10 * 365 * 86_400
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -139,6 +141,17 @@ def _names(name: str, value: object) -> tuple[str, ...]:
     return tuple(item for item in names if item)
 
 
+def _names_of(*allowed: str) -> Callable[[str, object], tuple[str, ...]]:
+    def parse(name: str, value: object) -> tuple[str, ...]:
+        names = _names(name, value)
+        for item in names:
+            if item not in allowed:
+                raise ConfigError(name, item, f"expected names among {', '.join(allowed)}")
+        return tuple(dict.fromkeys(names))
+
+    return parse
+
+
 def _one_of(*allowed: str) -> Callable[[str, object], str]:
     def parse(name: str, value: object) -> str:
         if value not in allowed:
@@ -179,6 +192,7 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "flush_max_records": _count,
     "flush_timeout": _seconds,
     "shutdown_timeout": _seconds,
+    "drain": _names_of(*DRAINABLE),
     "capture": _names,
     "exclude": _names,
     "capture_content": _boolean,
