@@ -83,6 +83,8 @@ def filled(kind: type[msgspec.Struct], text: str) -> dict[str, Any]:
             continue
         if each.type is str:
             values[each.name] = text
+        elif str(each.type).startswith("list[dict"):
+            values[each.name] = [dict.fromkeys(("role", "text", "name", "id", "arguments", text), text)]
         elif "dict" in str(each.type):
             values[each.name] = {text: text, "nested": [text, {text: text}], "attempt": text}
         elif each.type is Any:

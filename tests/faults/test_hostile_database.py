@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "noise": (overwrite(0, 50_000), "move this away"),
     "the header alone": (overwrite(0, 100), "move this away"),
     "a text": (lambda path: path.write_text("my thesis\n" * 10_000), "move this away"),
-    "another program's": (sqlite_file("CREATE TABLE x (a)"), "version 1, not 0"),
+    "another program's": (sqlite_file("CREATE TABLE x (a)"), f"version {schema.VERSION}, not 0"),
     "another program's version 1": (
         sqlite_file("CREATE TABLE runs (a)", "PRAGMA user_version = 1"),
         "another program's",
@@ -198,7 +198,7 @@ def test_another_databases_log_beside_it_is_said(whole: Path, tmp_path: Path) ->
     foreign_log(db)
     done = cli("serve", "--port", "0", "--db", db)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert b"expected a database of this server (version 1, not 0)" in done.stderr
+    assert f"expected a database of this server (version {schema.VERSION}, not 0)".encode() in done.stderr
 
 
 def test_the_first_databases_are_still_read(whole: Path, tmp_path: Path) -> None:

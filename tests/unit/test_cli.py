@@ -131,6 +131,9 @@ def test_ls_prints_one_object_a_line_newest_first_with_the_promised_fields(run, 
         "cost_usd": 0.25,
         "error": "ValueError: no",
         "metadata": {"queue": "q"},
+        "tokens_in_unknown": 0,
+        "tokens_out_unknown": 0,
+        "cost_unknown": 0,
     }
 
 

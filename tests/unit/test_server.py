@@ -544,10 +544,10 @@ class TestIngest:
         )
 
     def test_numbers_out_of_bounds_do_no_harm(self, client: Client) -> None:
-        """Sizes that no database column holds are cut; negative durations and costs are unknown."""
+        """Sizes that no database column holds are cut; negative counts, durations and costs are unknown."""
         client.send(started(), call(tokens_in=10**30, tokens_out=-5, cost_usd=-1.0, duration_ms=-3.0))
         run = client.run("r1")
-        assert (run["tokens_in"], run["tokens_out"], run["cost_usd"]) == (2**53, 0, None)
+        assert (run["tokens_in"], run["tokens_out"], run["cost_usd"]) == (2**53, None, None)
         assert run["calls"][0]["duration_ms"] is None
 
 
@@ -613,6 +613,9 @@ class TestApi:
             "cost_usd": 0.001,
             "error": "",
             "metadata": {},
+            "tokens_in_unknown": 0,
+            "tokens_out_unknown": 0,
+            "cost_unknown": 0,
         }
 
     def test_filters_and_pages(self, client: Client) -> None:

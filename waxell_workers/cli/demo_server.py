@@ -39,7 +39,9 @@ def _seen(run: RunDetail) -> SeenRun:
         attempt=attempt,
         status=run["status"],
         calls=[Call(attempt, call["model"], call["metadata"].get("response_id", "")) for call in answered],
-        tokens_in=run["tokens_in"],
-        tokens_out=run["tokens_out"],
-        cost_usd=run["cost_usd"] or 0.0,
+        tokens_in=run["tokens_in"] or 0,
+        tokens_out=run["tokens_out"] or 0,
+        tokens_unknown=sum(None in (call["tokens_in"], call["tokens_out"]) for call in run["calls"]),
+        cost_usd=run["cost_usd"],
+        cost_unknown=run["cost_unknown"],
     )

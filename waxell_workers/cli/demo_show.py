@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .show import dollars, least, number
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -81,7 +83,7 @@ def table(figures: dict[str, dict[str, Any]]) -> None:
 
 def _cell(name: str, figures: dict[str, Any]) -> str:
     if name == "tokens":
-        return f"{figures['tokens_in'] + figures['tokens_out']:,}"
+        return least(number(figures["tokens_in"] + figures["tokens_out"]), figures["tokens_unknown"])
     if name == "cost_usd":
-        return f"${figures['cost_usd']:.4f}"
+        return least(dollars(figures["cost_usd"]), figures["cost_unknown"])
     return str(figures[name])

@@ -25,7 +25,11 @@ class SeenRun:
     calls: Sequence[Call]
     tokens_in: int = 0
     tokens_out: int = 0
-    cost_usd: float = 0.0
+    tokens_unknown: int = 0
+    """Calls that are not in these two."""
+    cost_usd: float | None = None
+    cost_unknown: int = 0
+    """Calls that are not in the cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,11 @@ class Verdict:
     calls: int
     tokens_in: int
     tokens_out: int
-    cost_usd: float
+    tokens_unknown: int
+    """Calls that the two above are without: nobody told."""
+    cost_usd: float | None
+    cost_unknown: int
+    """Calls that the cost is without."""
     killed: int
     lost_runs: int
     lost_calls: int
@@ -70,6 +78,7 @@ def judge(tasks: int, attempts: Iterable[Attempt], calls: Iterable[Call], seen: 
     shown = [call for run in seen for call in run.calls]
     lost_calls, duplicated_calls = _difference(Counter(map(_identity, made)), Counter(map(_identity, shown)))
     lost_runs, duplicated_runs = _difference(happened, runs)
+    costs = [run.cost_usd for run in seen if run.cost_usd is not None]
     return Verdict(
         tasks=tasks,
         attempts=happened.total(),
@@ -77,7 +86,9 @@ def judge(tasks: int, attempts: Iterable[Attempt], calls: Iterable[Call], seen: 
         calls=len(shown),
         tokens_in=sum(run.tokens_in for run in seen),
         tokens_out=sum(run.tokens_out for run in seen),
-        cost_usd=round(sum((run.cost_usd for run in seen), 0.0), 6),
+        tokens_unknown=sum(run.tokens_unknown for run in seen),
+        cost_usd=round(sum(costs), 6) if costs else None,
+        cost_unknown=sum(run.cost_unknown for run in seen),
         killed=sum(run.status == "killed" for run in seen),
         lost_runs=lost_runs,
         lost_calls=lost_calls,

@@ -30,6 +30,9 @@ FIELDS = (
     "cost_usd",
     "error",
     "metadata",
+    "tokens_in_unknown",
+    "tokens_out_unknown",
+    "cost_unknown",
 )
 """The fields of a run in `--json`: they stay."""
 CALL_FIELDS = (
@@ -43,7 +46,11 @@ CALL_FIELDS = (
     "ttft_ms",
     "tokens_in",
     "tokens_out",
+    "tokens_cached",
+    "tokens_cache_written",
+    "tokens_reasoning",
     "cost_usd",
+    "tool_calls",
     "metadata",
 )
 

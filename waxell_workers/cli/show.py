@@ -51,10 +51,16 @@ def runs_table(runs: Sequence[RunSummary]) -> None:
             coloured(run["status"]),
             milliseconds(run["duration_ms"]),
             str(run["calls"]),
-            f"{run['tokens_in'] + run['tokens_out']:,}",
-            dollars(run["cost_usd"]),
+            _both(run),
+            least(dollars(run["cost_usd"]), run["cost_unknown"]),
         )
     console().print(table)
+
+
+def _both(run: RunSummary) -> str:
+    """Return all tokens of a run that are known, as far as they are."""
+    known = [tokens for tokens in (run["tokens_in"], run["tokens_out"]) if tokens is not None]
+    return least(number(sum(known) if known else None), run["tokens_in_unknown"] + run["tokens_out_unknown"])
 
 
 def _task(run: RunSummary) -> Text:
@@ -84,8 +90,10 @@ def run_panel(run: RunDetail) -> None:
     facts.add_row("workflow", Text(plain_line(run["workflow_name"])))
     facts.add_row("started", Text(plain_line(run["started_at"])))
     facts.add_row("time", milliseconds(run["duration_ms"]))
-    facts.add_row("tokens", f"{run['tokens_in']:,} in, {run['tokens_out']:,} out")
-    facts.add_row("cost", dollars(run["cost_usd"]))
+    tokens_in = _whole(number(run["tokens_in"]), run["tokens_in_unknown"], run)
+    tokens_out = _whole(number(run["tokens_out"]), run["tokens_out_unknown"], run)
+    facts.add_row("tokens", f"in {tokens_in}, out {tokens_out}")
+    facts.add_row("cost", _whole(dollars(run["cost_usd"]), run["cost_unknown"], run))
     for name, value in sorted(run["metadata"].items()):
         facts.add_row(Text(plain_line(name)), Text(plain_line(value)))
     if run["error"]:
@@ -94,6 +102,11 @@ def run_panel(run: RunDetail) -> None:
     out.print(calls_table(run["calls"]))
     if run["traceback"]:
         out.print(Text(plain(run["traceback"])), highlight=False)
+
+
+def _whole(written: str, unknown: int, run: RunDetail) -> str:
+    """Return a sum, and of how many calls it is without."""
+    return f"{least(written, unknown)} ({unknown} of {run['call_count']} unknown)" if unknown else written
 
 
 def calls_table(calls: Sequence[Call]) -> Table:
@@ -105,6 +118,7 @@ def calls_table(calls: Sequence[Call]) -> Table:
         table.add_column(name)
     for name in ("time", "in", "out", "cost"):
         table.add_column(name, justify="right")
+    table.add_column("tools")
     table.add_column("error")
     for call in calls:
         table.add_row(
@@ -112,12 +126,17 @@ def calls_table(calls: Sequence[Call]) -> Table:
             Text(plain_line(call["operation"])),
             coloured(call["status"]),
             milliseconds(call["duration_ms"]),
-            f"{call['tokens_in']:,}",
-            f"{call['tokens_out']:,}",
+            number(call["tokens_in"]),
+            number(call["tokens_out"]),
             dollars(call["cost_usd"]),
+            Text(plain_line(", ".join(_tool_names(call)))),
             Text(plain(call["error"])),
         )
     return table
+
+
+def _tool_names(call: Call) -> list[str]:
+    return [str(each.get("name")) if isinstance(each, dict) else str(each) for each in call["tool_calls"]]
 
 
 def console() -> Console:
@@ -142,6 +161,16 @@ def milliseconds(duration_ms: float | None) -> str:
     if duration_ms is None:
         return UNKNOWN
     return f"{duration_ms:.0f} ms" if duration_ms < 1000 else f"{duration_ms / 1000:.1f} s"
+
+
+def number(value: int | None) -> str:
+    """Write a count; a dash if nobody knows it."""
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def least(written: str, unknown: int) -> str:
+    """Write before a sum that some calls are not in that it is at least that."""
+    return f"≥ {written}" if unknown and written != UNKNOWN else written
 
 
 def dollars(cost_usd: float | None) -> str:

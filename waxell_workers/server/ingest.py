@@ -150,10 +150,13 @@ def _call(record: LLMCall) -> CallMade:
         tokens_in=record.tokens_in,
         tokens_out=record.tokens_out,
         tokens_cached=record.tokens_cached,
+        tokens_cache_written=record.tokens_cache_written,
         tokens_reasoning=record.tokens_reasoning,
         cost_usd=record.cost_usd,
         prompt=record.prompt,
         response=record.response,
+        messages=record.messages,
+        tool_calls=record.tool_calls,
         metadata=record.metadata | extra,
     )
 

@@ -1,7 +1,8 @@
 """What the store hands out: plain dictionaries that are JSON as they are.
 
-The first twelve fields of a run are the stable ones of `waxell-workers runs ls --json`. Times are ISO 8601 in
-UTC, durations milliseconds, money US dollars. None means: not known.
+The fields of a run's summary are the stable ones of `waxell-workers runs ls --json`. Times are ISO 8601 in
+UTC, durations milliseconds, money US dollars. None means: not known. A sum is of what is known; how many
+calls it leaves out is in the field of its name with `_unknown`; a sum of nothing but unknowns is None.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ class RunSummary(TypedDict):
     started_at: str
     duration_ms: float | None
     calls: int
-    tokens_in: int
-    tokens_out: int
+    tokens_in: int | None
+    tokens_out: int | None
     cost_usd: float | None
     error: str
     metadata: dict[str, Any]
+    tokens_in_unknown: int
+    tokens_out_unknown: int
+    cost_unknown: int
 
 
 class Call(TypedDict):
@@ -44,13 +48,18 @@ class Call(TypedDict):
     started_at: str
     duration_ms: float | None
     ttft_ms: float | None
-    tokens_in: int
-    tokens_out: int
-    tokens_cached: int
-    tokens_reasoning: int
+    tokens_in: int | None
+    tokens_out: int | None
+    tokens_cached: int | None
+    tokens_cache_written: int | None
+    tokens_reasoning: int | None
     cost_usd: float | None
     prompt: str
     response: str
+    messages: list[Any]
+    """What was sent: `role` and `text` of each."""
+    tool_calls: list[Any]
+    """What the model asked for: `name`, `id`, and `arguments` if they were recorded."""
     metadata: dict[str, Any]
 
 
@@ -98,11 +107,14 @@ class RunDetail(TypedDict):
     started_at: str
     duration_ms: float | None
     call_count: int
-    tokens_in: int
-    tokens_out: int
+    tokens_in: int | None
+    tokens_out: int | None
     cost_usd: float | None
     error: str
     metadata: dict[str, Any]
+    tokens_in_unknown: int
+    tokens_out_unknown: int
+    cost_unknown: int
     traceback: str
     inputs: dict[str, Any]
     result: Any
@@ -125,9 +137,12 @@ class Stats(TypedDict):
 
     runs: dict[str, int]
     calls: int
-    tokens_in: int
-    tokens_out: int
+    tokens_in: int | None
+    tokens_out: int | None
     cost_usd: float | None
+    tokens_in_unknown: int
+    tokens_out_unknown: int
+    cost_unknown: int
     accepted: int
     duplicates: int
 

@@ -12,9 +12,15 @@ from .model import Call, RunDetail, RunSummary, Score, Span, Stats, Step, iso
 from .values import loads
 
 _DURATION = "coalesce(duration_ms, round((ended_at - started_at) * 1000, 1)) AS duration_ms"
+_UNKNOWN = "tokens_in_unknown, tokens_out_unknown, cost_unknown"
+_SUMS = ", ".join(
+    # a sum of nothing but unknowns is none; that of no calls at all is 0
+    f"CASE WHEN calls > 0 AND {name}_unknown >= calls THEN NULL ELSE {name} END AS {name}"
+    for name in ("tokens_in", "tokens_out")
+)
 _SUMMARY = (
-    f"SELECT run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls, tokens_in,"
-    " tokens_out, cost_usd, error, metadata FROM runs"
+    f"SELECT run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls, {_SUMS}, cost_usd,"
+    f" error, metadata, {_UNKNOWN} FROM runs"
 )
 TOO_LONG = "too long for a page; the JSON of this run has it"
 _OBJECT = f'{{"…": "{TOO_LONG}"}}'
@@ -89,7 +95,7 @@ def head(db: sqlite3.Connection, run_id: str, extent: Extent = ALL) -> dict[str,
     """Return one run without its lists, or None."""
     row = db.execute(
         f"SELECT run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls AS call_count,"
-        f" tokens_in, tokens_out, cost_usd, error, metadata, {extent.text('traceback')},"
+        f" {_SUMS}, cost_usd, error, metadata, {_UNKNOWN}, {extent.text('traceback')},"
         f" {extent.json('inputs', _OBJECT)}, {extent.json('result')}, tags, session_id,"
         " user_id, trace_id, task_id, parent_run_id, root_run_id, source FROM runs WHERE run_id = ?",
         (run_id,),
@@ -165,18 +171,31 @@ def stats(db: sqlite3.Connection, agent: str = "") -> Stats:
         # `sum` of whole numbers fails where the result is beyond 64 bits
         "SELECT status, count(*) AS runs, sum(calls) AS calls,"
         " cast(total(tokens_in) AS INTEGER) AS tokens_in, cast(total(tokens_out) AS INTEGER) AS tokens_out,"
-        " sum(cost_usd) AS cost_usd"
+        " sum(cost_usd) AS cost_usd, sum(tokens_in_unknown) AS tokens_in_unknown,"
+        " sum(tokens_out_unknown) AS tokens_out_unknown, sum(cost_unknown) AS cost_unknown"
         f" FROM runs {where} GROUP BY status ORDER BY status",
         values,
     ).fetchall()
     costs = [row["cost_usd"] for row in rows if row["cost_usd"] is not None]
     counters = dict(tuple(row) for row in db.execute("SELECT name, value FROM counters"))
+    calls = sum(row["calls"] for row in rows)
+    unknown = {name: sum(row[name] for row in rows) for name in _UNKNOWN.split(", ")}
+
+    def total(name: str) -> int | None:
+        if calls and unknown[f"{name}_unknown"] >= calls:
+            return None
+        found: int = sum(row[name] for row in rows)
+        return min(found, _LARGEST)
+
     return Stats(
         runs={row["status"]: row["runs"] for row in rows},
-        calls=sum(row["calls"] for row in rows),
-        tokens_in=min(sum(row["tokens_in"] for row in rows), _LARGEST),
-        tokens_out=min(sum(row["tokens_out"] for row in rows), _LARGEST),
+        calls=calls,
+        tokens_in=total("tokens_in"),
+        tokens_out=total("tokens_out"),
         cost_usd=sum(costs) if costs else None,
+        tokens_in_unknown=unknown["tokens_in_unknown"],
+        tokens_out_unknown=unknown["tokens_out_unknown"],
+        cost_unknown=unknown["cost_unknown"],
         accepted=counters["accepted"],
         duplicates=counters["duplicates"],
     )
@@ -207,8 +226,10 @@ def _summary(row: sqlite3.Row) -> RunSummary:
 def _calls(db: sqlite3.Connection, run_id: str, extent: Extent) -> Iterator[Call]:
     rows = db.execute(
         "SELECT call_id AS id, model, response_model, provider, operation, status, error, started_at,"
-        " duration_ms, ttft_ms, tokens_in, tokens_out, tokens_cached, tokens_reasoning, cost_usd,"
-        f" {extent.text('prompt')}, {extent.text('response')}, {extent.json('metadata', _OBJECT)}"
+        " duration_ms, ttft_ms, tokens_in, tokens_out, tokens_cached, tokens_cache_written,"
+        f" tokens_reasoning, cost_usd, {extent.text('prompt')}, {extent.text('response')},"
+        f" {extent.json('messages', _LIST)}, {extent.json('tool_calls', _LIST)},"
+        f" {extent.json('metadata', _OBJECT)}"
         " FROM calls WHERE run_id = ? ORDER BY started_at, seq LIMIT ?",
         (run_id, extent.items),
     )
@@ -216,7 +237,8 @@ def _calls(db: sqlite3.Connection, run_id: str, extent: Extent) -> Iterator[Call
         found: Any = dict(row)
         found["position"] = position
         found["started_at"] = iso(found["started_at"])
-        found["metadata"] = loads(found["metadata"])
+        for column in ("messages", "tool_calls", "metadata"):
+            found[column] = loads(found[column])
         call: Call = found  # the columns of the statement above
         yield call
 

@@ -21,6 +21,7 @@ from .values import (
     moment,
     number,
     text,
+    tokens,
     words,
 )
 from .writes import CallMade, End, Start, Writer
@@ -94,8 +95,8 @@ def add_calls(request: RunRequest) -> dict[str, Any]:
             status=text(call.get("status")) or ("error" if error else "ok"),
             error=error,
             ttft_ms=number(call.get("ttft_ms")),
-            tokens_in=integer(call.get("tokens_in")),
-            tokens_out=integer(call.get("tokens_out")),
+            tokens_in=tokens(call.get("tokens_in")),
+            tokens_out=tokens(call.get("tokens_out")),
             cost_usd=amount(call.get("cost")) or None,
             prompt=text(call.get("prompt_preview")),
             response=text(call.get("response_preview")),

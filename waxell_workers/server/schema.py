@@ -1,11 +1,7 @@
-"""The database: its tables, and how a connection to it is opened.
+"""The database: how a connection to it is opened, and what a file may be.
 
-One row per run, with the sums of its calls kept beside it, so that the list of runs reads one table. Runs own
-everything else by foreign key: deleting a run deletes its calls, steps, spans, scores and record ids. Values
-without a fixed shape (metadata, inputs, attributes) are JSON text.
-
-A file of ours that is damaged is moved aside, whole, and a new one begun: clients then have somewhere to send
-to again. Any other file is left alone.
+A file of an older version is brought up to this one (`migration`). A file of ours that is damaged is moved
+aside, whole, and a new one begun: clients then have somewhere to send to again. Any other file is left alone.
 """
 
 from __future__ import annotations
@@ -17,10 +13,12 @@ import time
 from pathlib import Path
 
 from ..core.errors import ConfigError
+from . import migration
+from .tables import TABLES
 
 logger = logging.getLogger("waxell_workers.server")
 
-VERSION = 1
+VERSION = 2
 """`PRAGMA user_version` of a database of ours."""
 
 APPLICATION = 0x57615857
@@ -35,120 +33,14 @@ BUSY_S = 5.0
 _DAMAGE = ("malformed", "not a database")
 _HEADER = b"SQLite format 3\0"
 
-_TABLES = """
-CREATE TABLE runs (
-    run_id TEXT NOT NULL PRIMARY KEY,
-    agent_name TEXT NOT NULL DEFAULT '',
-    workflow_name TEXT NOT NULL DEFAULT '',
-    status TEXT NOT NULL DEFAULT 'running',
-    known INTEGER NOT NULL DEFAULT 0,            -- 0: only other records of it have come so far
-    started_at REAL NOT NULL,                    -- Unix seconds
-    ended_at REAL,
-    duration_ms REAL,                            -- NULL: ended_at - started_at
-    error TEXT NOT NULL DEFAULT '',
-    traceback TEXT NOT NULL DEFAULT '',
-    inputs TEXT NOT NULL DEFAULT '{}',
-    metadata TEXT NOT NULL DEFAULT '{}',
-    tags TEXT NOT NULL DEFAULT '{}',
-    result TEXT NOT NULL DEFAULT 'null',
-    session_id TEXT NOT NULL DEFAULT '',
-    user_id TEXT NOT NULL DEFAULT '',
-    trace_id TEXT NOT NULL DEFAULT '',
-    task_id TEXT NOT NULL DEFAULT '',
-    parent_run_id TEXT NOT NULL DEFAULT '',
-    root_run_id TEXT NOT NULL DEFAULT '',
-    source TEXT NOT NULL,                        -- rest | ingest
-    calls INTEGER NOT NULL DEFAULT 0,
-    tokens_in INTEGER NOT NULL DEFAULT 0,
-    tokens_out INTEGER NOT NULL DEFAULT 0,
-    cost_usd REAL
-);
-CREATE INDEX runs_newest ON runs (started_at, run_id);
-CREATE INDEX runs_agent ON runs (agent_name, started_at, run_id);
-CREATE INDEX runs_status ON runs (status, started_at, run_id);
-CREATE INDEX runs_sums ON runs (agent_name, status, calls, tokens_in, tokens_out, cost_usd);
-CREATE INDEX runs_task ON runs (task_id) WHERE task_id <> '';
-CREATE INDEX runs_parent ON runs (parent_run_id) WHERE parent_run_id <> '';
 
-CREATE TABLE calls (
-    seq INTEGER PRIMARY KEY,
-    run_id TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
-    call_id TEXT NOT NULL DEFAULT '',
-    span INTEGER NOT NULL DEFAULT 0,             -- 1: a REST span has told its duration and times
-    model TEXT NOT NULL,
-    response_model TEXT NOT NULL DEFAULT '',
-    provider TEXT NOT NULL DEFAULT '',
-    operation TEXT NOT NULL DEFAULT '',
-    status TEXT NOT NULL DEFAULT 'ok',
-    error TEXT NOT NULL DEFAULT '',
-    started_at REAL NOT NULL,
-    duration_ms REAL,
-    ttft_ms REAL,
-    tokens_in INTEGER NOT NULL DEFAULT 0,
-    tokens_out INTEGER NOT NULL DEFAULT 0,
-    tokens_cached INTEGER NOT NULL DEFAULT 0,
-    tokens_reasoning INTEGER NOT NULL DEFAULT 0,
-    cost_usd REAL,
-    prompt TEXT NOT NULL DEFAULT '',
-    response TEXT NOT NULL DEFAULT '',
-    metadata TEXT NOT NULL DEFAULT '{}'
-);
-CREATE INDEX calls_run ON calls (run_id, started_at);
-CREATE INDEX calls_without_span ON calls (run_id, seq) WHERE NOT span;
-
-CREATE TABLE steps (
-    seq INTEGER PRIMARY KEY,
-    run_id TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
-    position INTEGER NOT NULL DEFAULT 0,
-    name TEXT NOT NULL,
-    output TEXT NOT NULL DEFAULT 'null',
-    at REAL NOT NULL
-);
-CREATE INDEX steps_run ON steps (run_id);
-
-CREATE TABLE spans (
-    seq INTEGER PRIMARY KEY,
-    run_id TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
-    matched INTEGER NOT NULL DEFAULT 0,          -- 1: its call has been found, or it is no call's
-    position INTEGER NOT NULL DEFAULT 0,
-    parent_position INTEGER,
-    name TEXT NOT NULL DEFAULT '',
-    kind TEXT NOT NULL DEFAULT '',
-    status TEXT NOT NULL DEFAULT 'ok',
-    start_offset_ms REAL,
-    duration_ms REAL,
-    attributes TEXT NOT NULL DEFAULT '{}',
-    input_data TEXT NOT NULL DEFAULT 'null',
-    output_data TEXT NOT NULL DEFAULT 'null',
-    events TEXT NOT NULL DEFAULT '[]'
-);
-CREATE INDEX spans_run ON spans (run_id, position);
-CREATE INDEX spans_without_call ON spans (run_id, position) WHERE NOT matched;
-
-CREATE TABLE scores (
-    seq INTEGER PRIMARY KEY,
-    run_id TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
-    name TEXT NOT NULL,
-    data_type TEXT NOT NULL DEFAULT '',
-    value TEXT NOT NULL DEFAULT 'null',
-    comment TEXT NOT NULL DEFAULT ''
-);
-CREATE INDEX scores_run ON scores (run_id);
-
-CREATE TABLE records (                           -- every ingest record that was taken: a repeat is recognised
-    id TEXT PRIMARY KEY,
-    run_id TEXT REFERENCES runs ON DELETE CASCADE,
-    at REAL NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX records_run ON records (run_id);
-
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO counters VALUES ('accepted', 0), ('duplicates', 0);
-"""
-
-
-def connect(path: Path, *, query_only: bool) -> sqlite3.Connection:
+def connect(path: Path, *, query_only: bool, version: int = VERSION) -> sqlite3.Connection:
     """Open one connection in autocommit mode; the caller begins and ends transactions.
+
+    Args:
+        path: the file.
+        query_only: True to read only.
+        version: the version of a file that is read as it is.
 
     Raises:
         sqlite3.Error: the file cannot be opened, or is no database.
@@ -166,6 +58,8 @@ def connect(path: Path, *, query_only: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = NORMAL")  # a commit survives the death of the process
         if query_only:
+            if version < VERSION:
+                migration.hide(connection)
             connection.execute("PRAGMA query_only = ON")
     except BaseException:
         connection.close()
@@ -202,14 +96,19 @@ def _open(path: Path) -> sqlite3.Connection:
     connection = connect(path, query_only=False)
     try:
         if _number(connection, "user_version") or _tables(connection):
-            check(connection, path)  # before anything is changed: it may be another program's
+            if check(connection, path) < VERSION:  # before anything is changed: it may be another program's
+                _examine(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
-        if _number(connection, "user_version") == 0 and not _tables(connection):
-            for statement in _TABLES.split(";\n"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {VERSION}")
+        version = _number(connection, "user_version")
+        if version == 0 and not _tables(connection):
+            migration.execute(connection, TABLES)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
+        elif version == 1:
+            logger.info("%s is of version 1: it is brought up to version %d", path, VERSION)
+            migration.upgrade(connection)
+        if version != VERSION:  # setting it, to whatever, writes to the file
+            connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
         check(connection, path)
         _examine(connection)
@@ -219,21 +118,22 @@ def _open(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def check(connection: sqlite3.Connection, path: Path) -> None:
-    """Make sure that this is a database of ours, in the version that this code reads.
+def check(connection: sqlite3.Connection, path: Path) -> int:
+    """Make sure that this is a database of ours, in a version that this code reads, and return that.
 
     Raises:
         ConfigError: it is not.
         sqlite3.Error: it cannot be read.
     """
     found = _number(connection, "user_version")
-    if found != VERSION:
+    if not 1 <= found <= VERSION:
         raise ConfigError(
             "db", str(path), f"expected a database of this server (version {VERSION}, not {found})"
         )
     # the first databases had no application id
     if _number(connection, "application_id") != APPLICATION and "records" not in _tables(connection):
         raise ConfigError("db", str(path), "expected a database of this server, not another program's")
+    return found
 
 
 def examine(path: Path) -> None:
@@ -287,7 +187,7 @@ def _is_ours(path: Path) -> bool:
     version, application = header[60:64], header[68:72]
     return (
         header.startswith(_HEADER)
-        and int.from_bytes(version, "big") == VERSION
+        and 1 <= int.from_bytes(version, "big") <= VERSION
         and int.from_bytes(application, "big") in (0, APPLICATION)
     )
 

@@ -81,6 +81,7 @@ class Store:
         self._read_only = read_only
         self._writer: sqlite3.Connection | None = None
         self._file: _Identity = ()
+        self._version = schema.VERSION
         self._suspect = False
         """Somebody who read met damage: the next write looks at the whole file."""
         if read_only:
@@ -137,7 +138,7 @@ class Store:
         """Lend a connection that sees one state of the database for as long as the block lasts."""
         with self._lock:
             file, pooled = self._file, self._readers.pop() if self._readers else None
-        connection = pooled or schema.connect(self.path, query_only=True)
+        connection = pooled or schema.connect(self.path, query_only=True, version=self._version)
         try:
             connection.execute("BEGIN")
             yield connection
@@ -229,7 +230,10 @@ class Store:
             )
         try:
             with self.read() as connection:
-                schema.check(connection, self.path)
+                version = schema.check(connection, self.path)
+            if version < schema.VERSION:
+                self._let_go()  # connections from now on hide how old it is
+                self._version = version
         except ConfigError:
             self.close()
             raise

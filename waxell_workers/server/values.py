@@ -47,6 +47,12 @@ def integer(value: object) -> int:
     return 0 if found is None else int(min(max(found, 0), MAX_INT))
 
 
+def tokens(value: object) -> int | None:
+    """Return a count from 0 to 2**53; None for what is no such number: it is not known."""
+    found = number(value)
+    return None if found is None or found < 0 else int(min(found, MAX_INT))
+
+
 def number(value: object) -> float | None:
     """Return a finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from .model import RUNNING, Span
-from .values import error_line
+from .values import error_line, text
 
 ABSENT = "\N{EN DASH}"
 
@@ -76,9 +76,23 @@ def cost(value_usd: float | None) -> str:
     return f"${value_usd:,.{digits}f}"
 
 
-def count(value: int) -> str:
+def count(value: int | None) -> str:
     """Write a whole number with a thin space between thousands."""
-    return f"{value:,}".replace(",", "\u202f")
+    return ABSENT if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def least(written: str, unknown: int) -> str:
+    """Write before a sum that some calls are not in that it is at least that."""
+    return (
+        f"\N{GREATER-THAN OR EQUAL TO}\N{NO-BREAK SPACE}{written}"
+        if unknown and written != ABSENT
+        else written
+    )
+
+
+def unknown_of(unknown: int, calls: int) -> str:
+    """Say how many calls a sum is without; nothing if it has them all."""
+    return f"{unknown} of {calls} unknown" if unknown else ""
 
 
 def ago(moment: str, now: datetime | None = None) -> str:
@@ -124,6 +138,24 @@ def span_error(span: Span) -> str:
     )
 
 
+def messages(sent: list[Any]) -> list[tuple[str, str]]:
+    """Return role and text of each message, whatever a client has sent as such."""
+    found = [each if isinstance(each, dict) else {"text": each} for each in sent]
+    return [(text(each.get("role")), _told(each.get("text"))) for each in found]
+
+
+def tools(asked: list[Any]) -> list[tuple[str, str, str]]:
+    """Return name, id and arguments of each tool that a model asked for; empty what was not recorded."""
+    found = [each if isinstance(each, dict) else {"name": each} for each in asked]
+    return [
+        (text(each.get("name")) or "?", text(each.get("id")), _told(each.get("arguments"))) for each in found
+    ]
+
+
+def _told(value: Any) -> str:
+    return "" if value is None else as_text(value)
+
+
 def facts(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return metadata in reading order: the task's own facts, then the rest by name; none that is empty."""
     known = [name for name in _FACTS if name in metadata]
@@ -137,6 +169,10 @@ FILTERS = {
     "offset": offset,
     "cost": cost,
     "count": count,
+    "least": least,
+    "unknown_of": unknown_of,
+    "messages": messages,
+    "tools": tools,
     "ago": ago,
     "absolute": absolute,
     "shorten": shorten,

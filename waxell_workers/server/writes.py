@@ -13,6 +13,7 @@ import sqlite3
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..export.counts import WITHOUT_OUTPUT
 from .model import LATEST, RUNNING
 from .values import (
     LONGEST_LINE,
@@ -21,10 +22,13 @@ from .values import (
     cut,
     dumps,
     integer,
+    items,
     loads,
     mapping,
     moment,
     small,
+    text,
+    tokens,
     words,
 )
 
@@ -74,13 +78,16 @@ class CallMade:
     error: str = ""
     duration_ms: float | None = None
     ttft_ms: float | None = None
-    tokens_in: int = 0
-    tokens_out: int = 0
-    tokens_cached: int = 0
-    tokens_reasoning: int = 0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    tokens_cached: int | None = None
+    tokens_cache_written: int | None = None
+    tokens_reasoning: int | None = None
     cost_usd: float | None = None
     prompt: str = ""
     response: str = ""
+    messages: list[Any] = field(default_factory=list)
+    tool_calls: list[Any] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -178,7 +185,9 @@ class Writer:
 
     def call(self, run_id: str, call: CallMade) -> None:
         """Store a call, and add it to the sums of its run."""
-        tokens_in, tokens_out, cost = integer(call.tokens_in), integer(call.tokens_out), amount(call.cost_usd)
+        tokens_in, tokens_out, cost = tokens(call.tokens_in), tokens(call.tokens_out), amount(call.cost_usd)
+        if tokens_out is None and call.operation in WITHOUT_OUTPUT:
+            tokens_out = 0
         row = {
             "run_id": run_id,
             "call_id": cut(call.call_id),
@@ -193,20 +202,24 @@ class Writer:
             "ttft_ms": amount(call.ttft_ms),
             "tokens_in": tokens_in,
             "tokens_out": tokens_out,
-            "tokens_cached": integer(call.tokens_cached),
-            "tokens_reasoning": integer(call.tokens_reasoning),
+            "tokens_cached": tokens(call.tokens_cached),
+            "tokens_cache_written": tokens(call.tokens_cache_written),
+            "tokens_reasoning": tokens(call.tokens_reasoning),
             "cost_usd": cost,
             "prompt": call.prompt,
             "response": call.response,
+            "messages": dumps(call.messages),
+            "tool_calls": dumps(call.tool_calls),
             "metadata": dumps(call.metadata),
         }
         self._insert("calls", row)
         self._db.execute(
             "UPDATE runs SET calls = calls + 1, tokens_in = min(tokens_in + ?, ?),"
-            " tokens_out = min(tokens_out + ?, ?),"
-            " cost_usd = coalesce(cost_usd + ?, cost_usd, ?) WHERE run_id = ?",
-            (tokens_in, MAX_INT, tokens_out, MAX_INT, cost, cost, run_id),
+            " tokens_out = min(tokens_out + ?, ?), cost_usd = coalesce(cost_usd + ?, cost_usd, ?)"
+            " WHERE run_id = ?",
+            (tokens_in or 0, MAX_INT, tokens_out or 0, MAX_INT, cost, cost, run_id),
         )
+        self._leave_out(run_id, tokens_in=tokens_in is None, tokens_out=tokens_out is None, cost=cost is None)
 
     def step(self, run_id: str, *, name: str, output: object, position: int, at: float) -> None:
         """Store a step."""
@@ -234,18 +247,20 @@ class Writer:
         """Give REST calls the duration, times and provider that only their spans have.
 
         The protocol links the two by nothing, and they come in separate requests, in either order: the n-th
-        span of a model with these token counts is taken for the n-th call of that model with these counts.
+        span of a model with these token counts is taken for the n-th call of that model with these counts. A
+        call's record has 0 for a count that is not known; the span of our own client has none.
         """
         spans = self._db.execute(
-            "SELECT seq, duration_ms, attributes FROM spans WHERE run_id = ? AND NOT matched"
-            " ORDER BY position, seq",
+            "SELECT seq, duration_ms, attributes, input_data, output_data FROM spans"
+            " WHERE run_id = ? AND NOT matched ORDER BY position, seq",
             (run_id,),
         ).fetchall()
         for span in spans:
             facts = loads(span["attributes"])
             call = self._db.execute(
-                "SELECT seq, cost_usd, metadata FROM calls WHERE run_id = ? AND NOT span AND model = ?"
-                " AND tokens_in = ? AND tokens_out = ? ORDER BY seq LIMIT 1",
+                "SELECT seq, tokens_in, tokens_out, cost_usd, metadata FROM calls"
+                " WHERE run_id = ? AND NOT span AND model = ?"
+                " AND coalesce(tokens_in, 0) = ? AND coalesce(tokens_out, 0) = ? ORDER BY seq LIMIT 1",
                 (
                     run_id,
                     words(facts.get("model")),
@@ -254,7 +269,7 @@ class Writer:
                 ),
             ).fetchone()
             if call is not None:
-                self._enrich(run_id, call, facts, span["duration_ms"])
+                self._enrich(run_id, call, facts, span)
                 self._db.execute("UPDATE spans SET matched = 1 WHERE seq = ?", (span["seq"],))
 
     def seen(self, record_id: str) -> bool:
@@ -274,25 +289,47 @@ class Writer:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
         self._db.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(row.values()))
 
-    def _enrich(
-        self, run_id: str, call: sqlite3.Row, facts: dict[str, Any], duration_ms: float | None
-    ) -> None:
+    def _leave_out(self, run_id: str, *, tokens_in: int = 0, tokens_out: int = 0, cost: int = 0) -> None:
+        """Count calls (or, negative, count them no more) that the sums of their run do not have."""
+        if tokens_in or tokens_out or cost:
+            self._db.execute(
+                "UPDATE runs SET tokens_in_unknown = tokens_in_unknown + ?,"
+                " tokens_out_unknown = tokens_out_unknown + ?, cost_unknown = cost_unknown + ?"
+                " WHERE run_id = ?",
+                (tokens_in, tokens_out, cost, run_id),
+            )
+
+    def _enrich(self, run_id: str, call: sqlite3.Row, facts: dict[str, Any], span: sqlite3.Row) -> None:
+        given, answered = mapping(loads(span["input_data"])), mapping(loads(span["output_data"]))
         metadata = loads(call["metadata"]) | mapping(facts.get("waxell.metadata"))
         if facts.get("gen_ai.is_streaming") is True:
             metadata["streamed"] = True
+        for name, value in (
+            ("response_id", facts.get("gen_ai.response.id")),
+            ("finish_reason", next(iter(items(facts.get("gen_ai.response.finish_reasons"))), None)),
+        ):
+            if word := words(value):
+                metadata[name] = word
         told = {
             "call_id": words(facts.get("waxell.call_id")),
             "started_at": moment(facts.get("waxell.started_at"), LATEST),
-            "duration_ms": amount(facts.get("waxell.duration_ms")) or duration_ms,
+            "duration_ms": amount(facts.get("waxell.duration_ms")) or span["duration_ms"],
             "ttft_ms": amount(facts.get("gen_ai.server.time_to_first_token_ms")),
             "provider": words(facts.get("gen_ai.provider.name")),
             "operation": words(facts.get("gen_ai.operation.name")),
             "response_model": words(facts.get("gen_ai.response.model")),
-            "tokens_cached": integer(facts.get("waxell.tokens_cached")),
-            "tokens_reasoning": integer(facts.get("waxell.tokens_reasoning")),
+            "tokens_cached": tokens(facts.get("waxell.tokens_cached")),
+            "tokens_cache_written": tokens(facts.get("waxell.tokens_cache_written")),
+            "tokens_reasoning": tokens(facts.get("waxell.tokens_reasoning")),
+            "tool_calls": dumps(items(facts.get("waxell.tool_calls"))),
+            "messages": dumps(_messages(given)),
+            "response": text(answered.get("full_response")),
             "metadata": dumps(metadata),
         }
-        known = {name: value for name, value in told.items() if value not in (None, "", 0)} | {"span": 1}
+        known: dict[str, Any] = {
+            name: value for name, value in told.items() if value is not None and value not in ("", "[]")
+        }
+        known["span"] = 1
         cost = amount(facts.get("cost"))
         # 0.0 is a price not known, in a call; in a span too, but for our own client's, which leaves it out
         if call["cost_usd"] is None and (cost or (cost == 0 and "waxell.call_id" in facts)):
@@ -300,8 +337,19 @@ class Writer:
             self._db.execute(
                 "UPDATE runs SET cost_usd = coalesce(cost_usd, 0) + ? WHERE run_id = ?", (cost, run_id)
             )
+            self._leave_out(run_id, cost=-1)
+        if "waxell.call_id" in facts:
+            untold = [name for name in ("tokens_in", "tokens_out") if name not in facts and call[name] == 0]
+            known.update(dict.fromkeys(untold))
+            self._leave_out(run_id, tokens_in="tokens_in" in untold, tokens_out="tokens_out" in untold)
         names = ", ".join(f"{name} = ?" for name in known)
         self._db.execute(f"UPDATE calls SET {names} WHERE seq = ?", (*known.values(), call["seq"]))
+
+
+def _messages(given: dict[str, Any]) -> list[Any]:
+    """Return the messages of a span as the records have them."""
+    found = [mapping(message) for message in items(given.get("full_messages"))]
+    return [{"role": message.get("role"), "text": message.get("content")} for message in found]
 
 
 def _task_id(metadata: dict[str, Any]) -> str:
