@@ -258,6 +258,29 @@ def test_what_cannot_be_encoded_is_recorded_and_arrives(collector: Collector, in
     assert shipper.delivered >= collector.stats().recorded > 1_000
 
 
+@pytest.mark.parametrize("make", POISON.values(), ids=POISON)
+def test_a_redactor_may_return_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    """Whatever stands in the fields of what `redact` returns, or in its place: each record is there, can be
+    read, and belongs to its run."""
+    for number, redact in enumerate((lambda record: dict.fromkeys(record, make()), lambda record: make())):
+        settings = Settings(
+            api_url="http://127.0.0.1:9",
+            spool_dir=str(tmp_path / str(number)),
+            shipper="external",
+            redact=redact,
+        )
+        collector = Collector(settings)
+        monkeypatch.setattr(collecting, "_collector", collector)
+        with WaxellContext("agent", inputs={"secret": "hunter2"}) as run:
+            run.record_llm_call(model="model", prompt_preview="hunter2")
+            run.set_result("hunter2")
+        assert (collector.stats().recorded, collector.stats().dropped) == (3, {})
+        assert longest_line(collector.journal.directory) <= MAX_LINE
+        kinds = ("run_started", "llm_call", "run_ended")
+        assert {record["run_id"] for kind in kinds for record in records(collector, kind)} == {run.run_id}
+        assert b"hunter2" not in Path(segment_path(collector.journal.directory, 1)).read_bytes()
+
+
 def test_the_local_server_takes_it_and_shows_it(
     collector: Collector,
     children: Any,  # noqa: F811
@@ -355,7 +378,7 @@ COSTS = """
 import resource, sys, time, waxell_workers
 from waxell_workers.core.collector import current
 waxell_workers.init(api_url="http://127.0.0.1:9", spool_dir=sys.argv[1], shipper="external", capture=(),
-    redact=waxell_workers.redact_texts(lambda text: text.replace("x", "y")) if sys.argv[2] == "redact" else None)
+    redact=waxell_workers.redact_texts(lambda text: text.replace("x", "y")) if sys.argv[2] == "yes" else None)
 value = {value}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with waxell_workers.WaxellContext("warm", inputs={{"a": 1}}) as run:
@@ -378,7 +401,7 @@ COSTLY = {
 
 
 @pytest.mark.parametrize("value", COSTLY.values(), ids=COSTLY)
-@pytest.mark.parametrize("redact", ["redact", "no"][: effort(1, 2)])
+@pytest.mark.parametrize("redact", ["yes", "no"][: effort(1, 2)])
 def test_a_large_value_costs_little(tmp_path: Path, value: str, redact: str) -> None:
     """Given something huge in five records, their making copies none of it: a few MB, whatever its size."""
     done = subprocess.run(

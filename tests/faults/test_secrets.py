@@ -557,7 +557,9 @@ def test_without_being_asked_nothing_of_a_task_is_written(
     found(f"content of {framework}", ends=expected, prompts=len(office.model.asked))
 
 
-@pytest.mark.parametrize("redactor", ["good", "raises", "rubbish", "nothing"] if LONG else ["good"])
+@pytest.mark.parametrize(
+    "redactor", ["good", "raises", "rubbish", "raises at records", "nothing"] if LONG else ["good"]
+)
 def test_redact_comes_before_the_write(open_office: Callable[..., Office], redactor: str) -> None:
     """Given content that is to be kept, and a redactor that works or fails, each text in the raw bytes of the
     journal, and everything made of it, has gone through it."""
