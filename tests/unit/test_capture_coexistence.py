@@ -131,9 +131,8 @@ def main(order: str, base_url: str) -> None:
         capture.install(
             lambda **call: calls.append(call),
             names=None,
-            capture_content=True,
-            redact=None,
             current_run=lambda: "run",
+            wants_content=lambda: True,
         )
 
     def users() -> Any:

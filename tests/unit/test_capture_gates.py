@@ -15,8 +15,10 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from opentelemetry import context
 
 from waxell_workers.capture import gates
+from waxell_workers.capture.tracer import OPENED
 
 OPEN_CALL = "opentelemetry.genai.client.inference.context"
+PASSAGE = gates.Passage(lambda: True, mark="sdk")
 
 
 class SDK:
@@ -64,12 +66,12 @@ def awaiting(wrapper: Callable[..., Any]) -> Callable[..., Any]:
 def call(wrapper: Callable[..., Any], *args: Any, asynchronous: bool) -> Any:
     sdk = SDK()
     if not asynchronous:
-        return gates.gate(wrapper, lambda: True)(sdk.create, sdk, args, {})
+        return gates.gate(wrapper, PASSAGE)(sdk.create, sdk, args, {})
 
     async def main() -> Any:
         before = context.get_current()
         try:
-            return await gates.gate(awaiting(wrapper), lambda: True)(sdk.acreate, sdk, args, {})
+            return await gates.gate(awaiting(wrapper), PASSAGE)(sdk.acreate, sdk, args, {})
         finally:
             assert context.get_current() == before
 
@@ -124,8 +126,8 @@ def test_the_users_open_call_is_hidden_from_us_and_ours_from_them() -> None:
     token = context.attach(context.set_value("theirs", theirs, context.set_value(OPEN_CALL, theirs)))
     ours, inside = call(says_its_context, asynchronous=False)
     context.detach(token)
-    assert ours == {"theirs": theirs}
-    assert inside == {"theirs": theirs, OPEN_CALL: theirs, gates._OURS: True}
+    assert ours == {"theirs": theirs, OPENED: []}
+    assert inside == {"theirs": theirs, OPEN_CALL: theirs, gates._OURS: "sdk"}
 
 
 def test_a_call_within_a_call_is_part_of_it() -> None:
@@ -136,7 +138,7 @@ def test_a_call_within_a_call_is_part_of_it() -> None:
         told.append("a call")
         return wrapped(*args, **kwargs)
 
-    gate = gates.gate(tells, lambda: True)
+    gate = gates.gate(tells, PASSAGE)
     sdk = SDK()
 
     def parse() -> Any:

@@ -1,8 +1,8 @@
 """Hearing the calls that an application makes through an LLM SDK.
 
-`install` watches for the supported SDKs: each is instrumented when the application imports it, by the
-official OpenTelemetry instrumentor and a tracer of ours that listens. Nothing is imported before that,
-neither an SDK nor OpenTelemetry, and nothing is ever wrapped, counted or logged on behalf of anybody else.
+`install` watches for the SDKs of `sdks`: each is instrumented when the application imports it, by an
+instrumentor that is installed and a tracer of ours that listens. Nothing is imported before that, neither an
+SDK nor OpenTelemetry, and nothing is ever wrapped, counted or logged on behalf of anybody else.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from ..core.content import is_interrupt
 from ..core.errors import ConfigError
-from ..core.values import Redactor
 from .calls import Listener, Sink
 from .imports import forget, is_being_imported, when_imported
 from .platform import platform_sdk_is_active
+from .sdks import SUPPORTED, Sdk
 
 __all__ = ["SUPPORTED", "install", "uninstall"]
 
 _logger = logging.getLogger("waxell_workers.capture")
-
-SUPPORTED = {"openai": ("waxell_workers.capture.openai", "opentelemetry.instrumentation.genai.openai")}
-"""SDK (the top-level module that an application imports) to our module for it, and the instrumentor's."""
+_LAYERS = f"{__name__}.layers"
 
 _listener: Listener | None = None
 _said: set[str] = set()
@@ -35,22 +34,20 @@ def install(
     sink: Sink,
     *,
     names: tuple[str, ...] | None,
-    capture_content: bool,
-    redact: Redactor | None,
     current_run: Callable[[], str],
+    wants_content: Callable[[], bool],
 ) -> None:
     """Start to hear calls. A second installation replaces the first.
 
     Arguments:
         sink: called once per finished call, in the thread in which it ends, with `LLMCall`'s fields except
-            `proc` as keyword arguments; after an interrupt once more, with the same `id`. It must neither
-            block nor raise.
+            `proc` as keyword arguments; after an interrupt once more, with the same `id`. Texts are whole. It
+            must not block, nor raise anything but an interrupt that surfaces in it.
         names: the SDKs to listen to; None for every supported one, () for none.
-        capture_content: whether prompts, responses and the full text of errors are passed on.
-        redact: applied to each of these texts before the sink sees it. A failure of its costs the text; an
-            interrupt of a task framework that surfaces in it reaches the task.
         current_run: returns the id of the run that is current in the calling context, or an empty string.
             Called when a call starts; it must neither block nor raise.
+        wants_content: returns whether prompts, responses, tools' arguments and the full text of errors are to
+            be told of a call that starts there; likewise.
 
     Raises:
         ConfigError: a name that is not supported.
@@ -61,62 +58,77 @@ def install(
         if name not in SUPPORTED:
             raise ConfigError("capture", name, f"expected some of {', '.join(sorted(SUPPORTED))}")
     uninstall()
-    _listener = Listener(sink, current_run, capture_content, redact)
+    _listener = Listener(sink, current_run, wants_content)
     for name in chosen:
-        _, instrumentor = SUPPORTED[name]
-        when_imported(instrumentor, functools.partial(_after_instrumentor, name))
-        when_imported(name, functools.partial(_after_sdk, name))
+        sdk = SUPPORTED[name]
+        for instrumentor in sdk.instrumentors:
+            when_imported(instrumentor.module, functools.partial(_after_instrumentor, sdk))
+        when_imported(sdk.module, functools.partial(_after_sdk, sdk))
 
 
 def uninstall() -> None:
     """Hear no more calls; those that are under way are still told when they end."""
     global _listener
     _listener = None
-    for name, (ours, instrumentor) in SUPPORTED.items():
-        forget(name)
-        forget(instrumentor)
-        module = sys.modules.get(ours)
-        if module is not None and not is_being_imported(ours):
-            module.release()
+    layers = _loaded_layers()
+    for sdk in SUPPORTED.values():
+        forget(sdk.module)
+        for instrumentor in sdk.instrumentors:
+            forget(instrumentor.module)
+        if layers is not None:
+            layers.release(sdk)
 
 
-def _after_sdk(name: str) -> None:
+def _loaded_layers() -> Any:
+    module = sys.modules.get(_LAYERS)
+    return None if module is None or is_being_imported(_LAYERS) else module
+
+
+def _after_sdk(sdk: Sdk) -> None:
     """Listen to an SDK that has just been imported."""
-    _, instrumentor = SUPPORTED[name]
     # An instrumentor that the user imports first imports the SDK while it is half there itself: later, then.
-    if not is_being_imported(instrumentor):
-        _instrument(name)
+    if not any(is_being_imported(instrumentor.module) for instrumentor in sdk.instrumentors):
+        _instrument(sdk)
 
 
-def _after_instrumentor(name: str) -> None:
+def _after_instrumentor(sdk: Sdk) -> None:
     """Listen to an SDK whose instrumentor has just been imported: by the user, or by us on the way."""
-    ours, _ = SUPPORTED[name]
-    if name in sys.modules and not is_being_imported(ours):
-        _instrument(name)
+    if sdk.module in sys.modules and sdk.name not in _under_way:
+        _instrument(sdk)
 
 
-def _instrument(name: str) -> None:
+_under_way: set[str] = set()
+"""SDKs that are being instrumented: on the way, their instrumentors are imported."""
+
+
+def _instrument(sdk: Sdk) -> None:
     """Let the listener hear an SDK. This runs inside an import of the user's, and must not fail it."""
     listener = _listener
     if listener is None or platform_sdk_is_active():
         return
-    ours, instrumentor = SUPPORTED[name]
+    _under_way.add(sdk.name)
     try:
-        heard = importlib.import_module(ours).listen(listener)
+        heard = importlib.import_module(_LAYERS).listen(sdk, listener)
     except Exception as error:  # the instrumentor's code, and the SDK's: anything may come
         if is_interrupt(error):
             raise
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{instrumentor}.".startswith(f"{missing}."):
-            _say(name, 'its instrumentor is missing; pip install "waxell-workers[%s]"', name)
+        if _is_missing(sdk, error):
+            _say(sdk, "its instrumentor is missing; %s", sdk.install_command)
         else:
-            _say(name, "it does not suit its instrumentor (%s: %s)", type(error).__name__, error)
+            _say(sdk, "it does not suit its instrumentor (%s: %s)", type(error).__name__, error)
     else:
-        if not heard:
-            _say(name, "its instrumentor does not take this version")
+        if heard is None:
+            _say(sdk, "its instrumentor does not take this version")
+    finally:
+        _under_way.discard(sdk.name)
 
 
-def _say(name: str, reason: str, *arguments: object) -> None:
-    if name not in _said:
-        _said.add(name)
-        _logger.warning(f"%s is not captured: {reason}", name, *arguments)
+def _is_missing(sdk: Sdk, error: Exception) -> bool:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    return bool(missing) and any(f"{one.module}.".startswith(f"{missing}.") for one in sdk.instrumentors)
+
+
+def _say(sdk: Sdk, reason: str, *arguments: object) -> None:
+    if sdk.name not in _said:
+        _said.add(sdk.name)
+        _logger.warning(f"%s is not captured: {reason}", sdk.name, *arguments)

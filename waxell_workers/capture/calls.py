@@ -1,23 +1,18 @@
 """What an instrumentor told about one call, turned into the fields of an `LLMCall`.
 
-The content rules are applied here, before anything leaves: without `capture_content` there is no prompt, no
-response, and no text of an error that could quote one. Imports neither an SDK nor OpenTelemetry.
+The content rules begin here: where no content is wanted, there is no prompt, no response, no argument of a
+tool, and no text of an error that could quote one. Redaction and limits are the collector's, so that they see
+texts whole. Imports neither an SDK nor OpenTelemetry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.content import harmless_message, redact_text
-from ..core.values import Redactor
+from ..core.content import harmless_message
 from . import semconv
-
-CONTENT_CHARACTERS = 10_000
-"""Prompts and responses are cut after so many characters."""
-ERROR_CHARACTERS = 500
-"""The text of an error is cut after so many characters."""
 
 Sink = Callable[..., None]
 
@@ -27,11 +22,11 @@ class Listener:
     """Who hears about calls, and how much."""
 
     sink: Sink
-    """Called once per finished call with the fields of `LLMCall`, except `proc`."""
+    """Called once per finished call with the fields of `LLMCall`, except `proc`; texts are whole."""
     current_run: Callable[[], str]
     """Returns the id of the run that is current in the calling context, or an empty string."""
-    capture_content: bool = False
-    redact: Redactor | None = None
+    wants_content: Callable[[], bool]
+    """Returns whether prompts, responses and the full text of errors are to be told there."""
 
 
 def call_fields(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,24 +34,31 @@ def call_fields(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
     Arguments:
         attributes: by the names in `semconv`; times in seconds there, in milliseconds in what is returned.
+
+    Returns:
+        Tokens that the provider did not send are None.
     """
     get = attributes.get
-    finish_reasons = get(semconv.FINISH_REASONS) or ("",)
+    finish_reason = (get(semconv.FINISH_REASONS) or ("",))[0] or ""
     first_chunk_s = get(semconv.TIME_TO_FIRST_CHUNK_S)
     response_model = get(semconv.RESPONSE_MODEL) or ""
+    provider = get(semconv.PROVIDER) or ""
+    written, written_before = semconv.CACHE_WRITTEN_TOKENS
     return {
         "model": str(get(semconv.REQUEST_MODEL) or response_model or "unknown"),
         "response_model": response_model,
-        "provider": get(semconv.PROVIDER) or "",
+        "provider": semconv.PROVIDERS.get(provider, provider),
         "operation": get(semconv.OPERATION) or "chat",
-        "tokens_in": get(semconv.INPUT_TOKENS) or 0,
-        "tokens_out": get(semconv.OUTPUT_TOKENS) or 0,
-        "tokens_cached": get(semconv.CACHED_TOKENS) or 0,
-        "tokens_reasoning": get(semconv.REASONING_TOKENS) or 0,
+        "tokens_in": get(semconv.INPUT_TOKENS),
+        "tokens_out": get(semconv.OUTPUT_TOKENS),
+        "tokens_cached": get(semconv.CACHED_TOKENS),
+        "tokens_cache_written": get(written, get(written_before)),
+        "tokens_reasoning": get(semconv.REASONING_TOKENS),
         "streamed": bool(get(semconv.REQUEST_STREAM)),
         "ttft_ms": None if first_chunk_s is None else first_chunk_s * 1000,
         "response_id": get(semconv.RESPONSE_ID) or "",
-        "finish_reason": finish_reasons[0] or "",
+        # What openai's 1.3b0 makes of none, where a stream was left; no provider calls anything so.
+        "finish_reason": "" if finish_reason == "error" else finish_reason,
     }
 
 
@@ -69,26 +71,53 @@ def short_error_type(name: str) -> str:
     return name if len(parts) < 3 else f"{parts[0]}.{parts[-1]}"
 
 
-def error_text(listener: Listener, message: str) -> str:
-    """Return an error's text by the content rules, cut after `ERROR_CHARACTERS`."""
-    if not listener.capture_content:
-        return harmless_message(message)
-    return redact_text(listener.redact, message)[:ERROR_CHARACTERS]
+def error_text(message: str, wants_content: bool) -> str:
+    """Return an error's text by the content rules."""
+    return message if wants_content else harmless_message(message)
 
 
-def content_fields(listener: Listener, inputs: Iterable[Any], outputs: Iterable[Any]) -> dict[str, str]:
-    """Return `prompt`, the text of the last user message, and `response`, the text that came back.
+def content_fields(inputs: Iterable[Any], outputs: Iterable[Any], wants_content: bool) -> dict[str, Any]:
+    """Return `prompt`, `response` and `messages`, what was said; and `tool_calls`: names are no content.
 
     Arguments:
         inputs: `InputMessage`s of `opentelemetry.util.genai.types`: a `role`, and `parts` of which the ones
             of type `text` have a `content`.
         outputs: `OutputMessage`s, alike.
+        wants_content: False to leave only the names and ids of tool calls.
     """
-    asked = [_text([message]) for message in inputs if message.role == "user"]
-    texts = {"prompt": asked[-1] if asked else "", "response": _text(outputs)}
-    return {name: redact_text(listener.redact, text)[:CONTENT_CHARACTERS] for name, text in texts.items()}
+    fields: dict[str, Any] = {}
+    tool_calls = [_tool_call(part, wants_content) for part in _parts(outputs) if part.type == "tool_call"]
+    if tool_calls:
+        fields["tool_calls"] = tool_calls
+    if wants_content:
+        messages = [{"role": message.role, "text": _text(message.parts)} for message in inputs]
+        asked = [message["text"] for message in messages if message["role"] == "user"]
+        fields["messages"] = messages
+        fields["prompt"] = asked[-1] if asked else ""
+        fields["response"] = _text(part for part in _parts(outputs) if part.type == "text")
+    return fields
 
 
-def _text(messages: Iterable[Any]) -> str:
-    parts = [part for message in messages for part in message.parts if part.type == "text"]
-    return "\n".join(part.content for part in parts if isinstance(part.content, str))
+def _parts(messages: Iterable[Any]) -> Sequence[Any]:
+    return [part for message in messages for part in message.parts]
+
+
+def _tool_call(part: Any, wants_content: bool) -> dict[str, Any]:
+    call = {"name": part.name, "id": part.id or ""}
+    if wants_content:
+        call["arguments"] = part.arguments
+    return call
+
+
+def _text(parts: Iterable[Any]) -> str:
+    return "\n".join(filter(None, map(_part_text, parts)))
+
+
+def _part_text(part: Any) -> str:
+    """Return the text of a part; of one without any, what it is."""
+    if part.type == "text":
+        return part.content if isinstance(part.content, str) else ""
+    if part.type == "tool_call":
+        return f"[called {part.name}]"
+    response = getattr(part, "response", None)
+    return response if isinstance(response, str) else f"[{part.type}]"

@@ -14,10 +14,12 @@ Import this only once an SDK has been imported: it imports OpenTelemetry and wra
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Token
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry import context as otel
@@ -25,12 +27,13 @@ from opentelemetry.context import Context, attach, get_current
 from wrapt import ObjectProxy
 
 from . import semconv
+from .tracer import OPENED
 
 _logger = logging.getLogger("waxell_workers.capture")
 
 _OURS = "waxell_workers.capture.open_call"
-"""Set in the caller's context while a call of ours is open: a call within it (`parse()` calls `create()` in
-some versions of the SDK) belongs to it."""
+"""Set to the SDK's name in the caller's context while a call of ours is open: a call of the same SDK within
+it (`parse()` calls `create()` in some versions) belongs to it."""
 
 _WRAPPED_STREAM = "_self_is_response_stream_wrapper"
 """By this mark of 1.3b0, a wrapped stream manager takes a stream for its own and leaves its call open."""
@@ -56,13 +59,14 @@ def detach(token: Token[Context]) -> None:
 
 
 class _Method:
-    """The SDK's method, to be called in the caller's context; knows how far it got."""
+    """The SDK's method, to be called in the caller's context and, where that matters, with its values."""
 
-    __slots__ = ("__wrapped__", "called", "context", "result", "returned")
+    __slots__ = ("__wrapped__", "called", "context", "kept", "result", "returned")
 
-    def __init__(self, wrapped: Callable[..., Any], context: Context) -> None:
+    def __init__(self, wrapped: Callable[..., Any], context: Context, kept: dict[str, Any]) -> None:
         self.__wrapped__ = wrapped  # where `inspect.signature` looks, which the instrumentor asks
         self.context = context
+        self.kept = kept
         self.called = False
         self.returned = False
         self.result: Any = None
@@ -71,100 +75,155 @@ class _Method:
         self.called = True
         token = attach(self.context)
         try:
-            self.result = self.__wrapped__(*args, **kwargs)
-            self.returned = True
+            result = self.__wrapped__(*args, **{**kwargs, **self.kept})
         finally:
             detach(token)
-        return self.result
+        # Asked of what came back: a decorator of the SDK's may hide that a method is a coroutine function.
+        if inspect.iscoroutine(result):
+            return self._awaited(result, kwargs)
+        self.result = result
+        self.returned = True
+        return result
 
-
-class _AsyncMethod(_Method):
-    """The same for a coroutine function."""
-
-    __slots__ = ()
-
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.called = True
+    async def _awaited(self, coroutine: Coroutine[Any, Any, Any], kwargs: dict[str, Any]) -> Any:
         token = attach(self.context)
         try:
-            self.result = await self.__wrapped__(*args, **kwargs)
+            self.result = result = await coroutine
             self.returned = True
         finally:
             detach(token)
-        # `with_streaming_response`: 1.3b0 calls the coroutine function and never awaits it. The body is the
-        # caller's to read, so that the call is told without its tokens.
-        streaming = inspect.iscoroutinefunction(getattr(self.result, "parse", None))
-        return None if streaming and not kwargs.get("stream") else self.result
+        # openai's `with_streaming_response`: 1.3b0 calls the coroutine function and never awaits it. The body
+        # is the caller's to read, so that the call is told without its tokens.
+        streaming = f"{type(result).__module__}.".startswith("openai.") and inspect.iscoroutinefunction(
+            getattr(result, "parse", None)
+        )
+        return None if streaming and not kwargs.get("stream") else result
 
 
-def gate(wrapper: Wrapper, is_open: Callable[[], bool]) -> Wrapper:
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """How calls pass through the gates of one SDK."""
+
+    is_open: Callable[[], bool]
+    """Asked at every call; while it is false, calls go straight through."""
+    mark: str = ""
+    """Not empty where the SDK's methods call each other: a call in a call of the same mark belongs to it."""
+    kept: tuple[str, ...] = ()
+    """Arguments that the instrumentor changes: it gets a copy, and the SDK what the caller gave."""
+
+
+class _Call:
+    """One call through a gate: the two contexts, and the spans that were opened for it."""
+
+    __slots__ = ("inside", "method", "opened", "passage")
+
+    def __init__(self, passage: Passage, wrapped: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        outside = get_current()
+        self.passage = passage
+        self.opened: list[Any] = []
+        self.inside = _without_open_calls(outside, self.opened)
+        kept = {name: kwargs[name] for name in passage.kept if name in kwargs}
+        self.method = _Method(wrapped, _marked(outside, passage.mark), kept)
+
+    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return what the instrumentor sees of the caller's keyword arguments."""
+        kept = self.method.kept
+        return {**kwargs, **{name: copy.copy(value) for name, value in kept.items()}} if kept else kwargs
+
+    def is_the_callers(self, error: BaseException) -> bool:
+        """True if an error is none of the instrumentor's: it came from the SDK, or is an interrupt."""
+        is_defect = isinstance(error, BUGS)
+        return not is_defect or (self.method.called and not self.method.returned)
+
+    def fail(self, error: BaseException) -> None:
+        """End what the instrumentor has left open."""
+        for span in self.opened:
+            span.fail(error)
+
+    def end(self) -> None:
+        """End what the instrumentor has left open when it failed: the call itself has succeeded."""
+        for span in self.opened:
+            if span.is_open:
+                span.end()
+
+
+def gate(wrapper: Wrapper, passage: Passage) -> Wrapper:
     """Return a wrapper, in wrapt's sense, that isolates `wrapper` from all others.
 
     Arguments:
-        wrapper: called with (wrapped, instance, args, kwargs); a coroutine function for such a method.
-        is_open: asked at every call; while it is false, calls go straight through.
+        wrapper: called with (wrapped, instance, args, kwargs); what it returns may be a coroutine.
+        passage: when the gate is open, and for what.
     """
-    if inspect.iscoroutinefunction(wrapper):
 
-        async def async_gate(
-            wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> Any:
-            outside = get_current()
-            if _OURS in outside or not is_open():
-                return await wrapped(*args, **kwargs)
-            method = _AsyncMethod(wrapped, _with_ours(outside))
-            token = attach(_without_open_calls(outside))
-            try:
-                result = await wrapper(method, instance, args, kwargs)
-                return method.result if result is None else result
-            except BUGS as error:
-                if method.called and not method.returned:
-                    raise
-                _say_defect(error)
-            finally:
-                detach(token)
-            return method.result if method.returned else await wrapped(*args, **kwargs)
-
-        return async_gate
-
-    def sync_gate(
+    def gated(
         wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        outside = get_current()
-        if _OURS in outside or not is_open():
+        if _is_inside(passage.mark) or not passage.is_open():
             return wrapped(*args, **kwargs)
         if wrapped.__name__ == "stream":
-            return _manager_gate(wrapper, wrapped, instance, args, kwargs)
-        method = _Method(wrapped, _with_ours(outside))
-        token = attach(_without_open_calls(outside))
+            return _manager_gate(wrapper, wrapped, instance, args, kwargs, passage.mark)
+        call = _Call(passage, wrapped, kwargs)
+        method = call.method
+        token = attach(call.inside)
         try:
-            return wrapper(method, instance, args, kwargs)
-        except BUGS as error:
-            if method.called and not method.returned:
+            result = wrapper(method, instance, args, call.arguments(kwargs))
+            return _awaited(call, result, wrapped, args, kwargs) if inspect.iscoroutine(result) else result
+        except BaseException as error:
+            if call.is_the_callers(error):
+                call.fail(error)
                 raise
             _say_defect(error)
         finally:
             detach(token)
-        return method.result if method.returned else wrapped(*args, **kwargs)
+        result = method.result if method.returned else wrapped(*args, **kwargs)
+        call.end()
+        return result
 
-    return sync_gate
-
-
-def _with_ours(context: Context) -> Context:
-    return Context({**context, _OURS: True})
+    return gated
 
 
-def _without_open_calls(context: Context) -> Context:
-    open_calls = [key for key in context if key.startswith(semconv.OPEN_CALL_PREFIX)]
-    if not open_calls:
-        return context
-    return Context({key: value for key, value in context.items() if key not in open_calls})
+async def _awaited(
+    call: _Call,
+    coroutine: Coroutine[Any, Any, Any],
+    wrapped: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Do for a coroutine what a gate does for a call that returns at once."""
+    method = call.method
+    token = attach(call.inside)
+    try:
+        result = await coroutine
+        return method.result if result is None else result
+    except BaseException as error:
+        if call.is_the_callers(error):
+            call.fail(error)
+            raise
+        _say_defect(error)
+    finally:
+        detach(token)
+    result = method.result if method.returned else await wrapped(*args, **kwargs)
+    call.end()
+    return result
+
+
+def _is_inside(mark: str) -> bool:
+    return bool(mark) and get_current().get(_OURS) == mark
+
+
+def _marked(context: Context, mark: str) -> Context:
+    return Context({**context, _OURS: mark}) if mark else context
+
+
+def _without_open_calls(context: Context, opened: list[Any]) -> Context:
+    inside = {key: value for key, value in context.items() if not key.startswith(semconv.OPEN_CALL_PREFIX)}
+    return Context({**inside, OPENED: opened})
 
 
 _said: set[str] = set()
 
 
-def _say_defect(error: Exception) -> None:
+def _say_defect(error: BaseException) -> None:
     kind = type(error).__name__
     if kind not in _said:
         _said.add(kind)
@@ -178,9 +237,10 @@ def _say_defect(error: Exception) -> None:
 class _Doorway:
     """Hands the context of the caller who enters from the outer proxy to the inner one."""
 
-    __slots__ = ("context",)
+    __slots__ = ("context", "mark")
 
-    def __init__(self) -> None:
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
         self.context = Context()
 
 
@@ -190,8 +250,9 @@ def _manager_gate(
     instance: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    mark: str,
 ) -> Any:
-    doorway = _Doorway()
+    doorway = _Doorway(mark)
 
     def method(*args: Any, **kwargs: Any) -> Any:
         return _Inner(wrapped(*args, **kwargs), doorway)
@@ -232,8 +293,8 @@ class _Outer(_Manager):
 
     def _enter(self) -> Token[Context]:
         outside = get_current()
-        self._self_doorway.context = _with_ours(outside)
-        return attach(_without_open_calls(outside))
+        self._self_doorway.context = _marked(outside, self._self_doorway.mark)
+        return attach(_without_open_calls(outside, []))
 
 
 class _Inner(_Manager):

@@ -1,8 +1,9 @@
 """The names of the attributes that are read from an instrumentor's spans: all of them, and only here.
 
-Plain strings, so that reading them imports nothing. They are those of the OpenTelemetry semantic conventions
-for generative AI ("Generative AI client spans", https://opentelemetry.io/docs/specs/semconv/gen-ai/), as
-`opentelemetry-util-genai` 1.3b0 sets them; `error.type` is from the general conventions.
+Plain strings, so that reading them imports nothing. The first part is that of the OpenTelemetry semantic
+conventions for generative AI ("Generative AI client spans", https://opentelemetry.io/docs/specs/semconv/gen-ai/),
+as `opentelemetry-util-genai` 1.3b0 sets them; `error.type` is from the general conventions. The second is
+OpenInference's (https://github.com/Arize-ai/openinference/blob/main/spec/semantic_conventions.md).
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 """With those of reasoning."""
 CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+CACHE_WRITTEN_TOKENS = ("gen_ai.usage.cache_write.input_tokens", "gen_ai.usage.cache_creation.input_tokens")
+"""The name of 1.3b0, and the one before."""
 REASONING_TOKENS = "gen_ai.usage.reasoning.output_tokens"
 ERROR_TYPE = "error.type"
 
 INFERENCES = frozenset({"chat", "embeddings", "generate_content", "text_completion"})
 """The operations in which a model works; `fetch_response`, say, only reads what an earlier one made."""
+
+PROVIDERS = {"gemini": "gcp.gemini", "vertex_ai": "gcp.vertex_ai", "mistralai": "mistral_ai", "xai": "x_ai"}
+"""Provider names of instrumentors, where they are not those of the conventions."""
 
 OPEN_CALL_PREFIX = "opentelemetry.genai.client."
 """How the keys begin under which `opentelemetry-util-genai` 1.3b0 notes an open call in the OpenTelemetry
@@ -33,3 +39,6 @@ context, so that a call inside a call is not told twice (`CLIENT_INFERENCE_CONTE
 
 ABANDONED_STREAM = ("_OTHER", "abandoned stream")
 """`error.type` and description of a stream that was dropped unread (`AbandonedStreamError` there)."""
+
+OI_KIND = "openinference.span.kind"
+"""`LLM`, `EMBEDDING`, `CHAIN`, `AGENT`, `TOOL`, …"""

@@ -13,31 +13,44 @@ from contextlib import contextmanager
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.context import Context
+from opentelemetry.context import Context, get_current
 from opentelemetry.trace import SpanContext, SpanKind
 from opentelemetry.trace.status import Status, StatusCode
 
+from ..core.content import error_type
 from ..core.ids import new_id
-from . import semconv
+from . import nesting, semconv
 from .calls import Listener, call_fields, content_fields, error_text, short_error_type
 
+OPENED = "waxell_workers.capture.opened"
+"""Where in the OpenTelemetry context a list may stand that wants each span which is opened there."""
 
-class CallSpan(trace.Span):
+
+class CallSpan(trace.Span, nesting.Layer):
     """Collects what is told about one call; told to the listener at its end, once."""
 
     def __init__(
-        self, listener: Listener | None, around: SpanContext, attributes: Mapping[str, Any] | None
+        self,
+        listener: Listener | None,
+        around: trace.Span,
+        attributes: Mapping[str, Any] | None,
+        *,
+        is_framework: bool = False,
+        start_time_ns: int | None = None,
     ) -> None:
+        """Open it inside `around`, the span that is current, whoever's that is."""
+        nesting.Layer.__init__(self, nesting.enclosing(around), is_framework=is_framework)
         self._listener = listener
-        self._around = around
+        self._around = around.get_span_context()
         self._attributes: dict[str, Any] = dict(attributes or {})
         self._error: str | None = None
         self._id = new_id()
-        self._ended = False
-        self._at = time.time()
+        self._start_time_ns = start_time_ns
+        self._at = time.time() if start_time_ns is None else start_time_ns / 1e9
         self._started = time.perf_counter()
-        # The run that is current now: a stream may end in another context, in another thread, or never.
+        # What is current now: a stream may end in another context, in another thread, or never.
         self._run_id = listener.current_run() if listener is not None else ""
+        self._wants_content = listener is not None and listener.wants_content()
         self.content: tuple[Sequence[Any], Sequence[Any]] = ((), ())
 
     def get_span_context(self) -> SpanContext:
@@ -46,7 +59,7 @@ class CallSpan(trace.Span):
 
     def is_recording(self) -> bool:
         """True until the end."""
-        return not self._ended
+        return self.is_open
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Collect attributes."""
@@ -71,7 +84,8 @@ class CallSpan(trace.Span):
         timestamp: int | None = None,
         escaped: bool = False,
     ) -> None:
-        """Ignore it: the type comes as an attribute, the text with the status."""
+        """Note an error's type, where it does not come as an attribute; the text comes with the status."""
+        self._attributes.setdefault(semconv.ERROR_TYPE, error_type(exception))
 
     def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
         """Ignore it: a call has no events."""
@@ -82,6 +96,13 @@ class CallSpan(trace.Span):
     def update_name(self, name: str) -> None:
         """Ignore it: a call is named by its model."""
 
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, where the instrumentor has forgotten to."""
+        if self.is_open:
+            self.record_exception(error)
+            self._error = ""
+            self.end()
+
     def end(self, end_time: int | None = None) -> None:
         """Tell the listener. Only the first call does anything.
 
@@ -90,46 +111,62 @@ class CallSpan(trace.Span):
                 call is told first, in the latter case without content.
         """
         try:
-            self._end()
+            self._end(end_time)
         except BaseException:  # the call was made, and has cost money; told twice, it is one, by its id
-            self._end()
+            self._end(end_time)
             raise
 
-    def _end(self) -> None:
-        self._ended = True
+    def _read(self) -> Mapping[str, Any]:
+        """Return the attributes by the names of `semconv`, and leave messages in `content`."""
+        return self._attributes
+
+    def _end(self, end_time_ns: int | None) -> None:
+        self.is_open = False
         listener = self._listener
-        if listener is None or self._attributes.get(semconv.OPERATION) not in semconv.INFERENCES:
+        if listener is None:
             return
-        fields = call_fields(self._attributes)
+        attributes = self._read()
+        if attributes.get(semconv.OPERATION) not in semconv.INFERENCES or self.is_superseded():
+            return
+        fields = call_fields(attributes)
         fields["id"] = self._id
         fields["run_id"] = self._run_id
         fields["at"] = self._at
-        fields["duration_ms"] = (time.perf_counter() - self._started) * 1000
+        fields["duration_ms"] = self._duration_ms(end_time_ns)
         fields["status"] = "ok"
         try:
             if self._error is not None:
-                self._tell_error(fields, listener, self._error)
+                self._tell_error(fields, self._error)
             if fields["streamed"] and fields["status"] == "ok" and not fields["finish_reason"]:
                 # Closed or dropped before the model was done: nobody's error, but no whole answer either.
                 fields["metadata"] = {"stream": "left early"}
-            if listener.capture_content:
-                fields.update(content_fields(listener, *self.content))
+            fields.update(content_fields(*self.content, self._wants_content))
         finally:
             listener.sink(**fields)
+            self.is_told = True
             self._listener = None
             self.content = ((), ())
 
-    def _tell_error(self, fields: dict[str, Any], listener: Listener, message: str) -> None:
+    def _duration_ms(self, end_time_ns: int | None) -> float:
+        if end_time_ns is not None and self._start_time_ns is not None:
+            return (end_time_ns - self._start_time_ns) / 1e6
+        return (time.perf_counter() - self._started) * 1000
+
+    def _tell_error(self, fields: dict[str, Any], message: str) -> None:
         kind = str(self._attributes.get(semconv.ERROR_TYPE) or "")
         if (kind, message) == semconv.ABANDONED_STREAM:
             return
         fields["status"] = "error"
         fields["error_type"] = short_error_type(kind)
-        fields["error_message"] = error_text(listener, message)
+        fields["error_message"] = error_text(message, self._wants_content)
 
 
 class ListeningTracer(trace.Tracer):
     """Opens `CallSpan`s for the listener that is set at that moment."""
+
+    span_class = CallSpan
+    is_framework = False
+    """True for an instrumentor whose calls are, as a rule, made through an SDK that is heard as well."""
 
     def __init__(self) -> None:
         self.listener: Listener | None = None
@@ -146,7 +183,17 @@ class ListeningTracer(trace.Tracer):
         set_status_on_exception: bool = True,
     ) -> CallSpan:
         """Open a span that carries the span context of `context`, or of the current one."""
-        return CallSpan(self.listener, trace.get_current_span(context).get_span_context(), attributes)
+        span = self.span_class(
+            self.listener,
+            trace.get_current_span(context),
+            attributes,
+            is_framework=self.is_framework,
+            start_time_ns=start_time,
+        )
+        opened = (get_current() if context is None else context).get(OPENED)
+        if isinstance(opened, list):
+            opened.append(span)
+        return span
 
     @contextmanager
     def start_as_current_span(  # type: ignore[override]  # there in a form for async functions too
@@ -162,16 +209,21 @@ class ListeningTracer(trace.Tracer):
         end_on_exit: bool = True,
     ) -> Iterator[CallSpan]:
         """Open a span and make it current in the block."""
-        span = self.start_span(name, context, kind, attributes)
-        with trace.use_span(span, end_on_exit=end_on_exit):
+        span = self.start_span(name, context, kind, attributes, start_time=start_time)
+        with trace.use_span(
+            span,
+            end_on_exit=end_on_exit,
+            record_exception=record_exception,
+            set_status_on_exception=set_status_on_exception,
+        ):
             yield span
 
 
 class ListeningTracerProvider(trace.TracerProvider):
     """Hands out one `ListeningTracer`, whoever asks."""
 
-    def __init__(self) -> None:
-        self.tracer = ListeningTracer()
+    def __init__(self, tracer: ListeningTracer | None = None) -> None:
+        self.tracer = tracer or ListeningTracer()
 
     def get_tracer(
         self,

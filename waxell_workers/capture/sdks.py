@@ -1,0 +1,148 @@
+"""The SDKs and frameworks whose calls are heard, and the packages that know how to hear them: one table.
+
+An instrumentor is found by the entry point of its distribution (group `opentelemetry_instrumentor`), so that
+what is installed decides, and nothing is imported to find out. The official OpenTelemetry GenAI instrumentors
+come first, OpenInference's after them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+
+_GROUP = "opentelemetry_instrumentor"
+
+
+@dataclass(frozen=True, slots=True)
+class Instrumentor:
+    """A package that instruments one SDK."""
+
+    distribution: str
+    module: str
+    """Importing this imports the SDK."""
+    requires: tuple[str, ...] = ()
+    """Versions of the SDK that are known to work, by tests, where the package itself claims fewer."""
+    entry_point: str = ""
+    """`module:class`, where it has no entry point: it is ours."""
+
+    def is_installed(self) -> bool:
+        """True if it can be imported, as far as one can tell without doing it."""
+        return bool(self.entry_point) or self._distribution() is not None
+
+    def load(self) -> type[Any]:
+        """Import it, and return its class.
+
+        Raises:
+            ImportError: it is not installed, or cannot be imported.
+        """
+        if self.entry_point:
+            module, _, name = self.entry_point.partition(":")
+            loaded: type[Any] = getattr(importlib.import_module(module), name)
+            return loaded
+        found = self._distribution()
+        points = found.entry_points.select(group=_GROUP) if found is not None else ()
+        for point in points:
+            return point.load()  # type: ignore[no-any-return]
+        raise ModuleNotFoundError(f"No module named {self.module!r}", name=self.module)
+
+    def _distribution(self) -> Any:
+        try:
+            return distribution(self.distribution)
+        except PackageNotFoundError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Sdk:
+    """An SDK, or a framework that calls models through SDKs."""
+
+    name: str
+    """What `capture=` calls it: the name under which applications import it, as a rule."""
+    module: str
+    """Once this has been imported, it can be instrumented."""
+    distributions: tuple[str, ...]
+    instrumentors: tuple[Instrumentor, ...]
+    """The first one that is installed is used."""
+    places: tuple[str, ...] = ()
+    """Packages of the SDK in whose classes the instrumentor puts its wrappers; gates are set there. Empty for
+    one that cannot be gated, or needs no gate."""
+    beside: tuple[Instrumentor, ...] = ()
+    """What is used besides the chosen instrumentor, for what that does not hear."""
+    extra: str = ""
+    """Our extra that brings SDK and instrumentor; empty if there is none."""
+    is_framework: bool = False
+    """True if its calls are made through other SDKs, which are heard themselves where they can be."""
+    calls_itself: bool = True
+    """True if a method of the SDK that makes a call may be made of others that make it."""
+    kept: tuple[str, ...] = ()
+    """Arguments that the instrumentor would change."""
+
+    @property
+    def install_command(self) -> str:
+        """What a user runs to have it heard."""
+        if self.extra:
+            return f'pip install "waxell-workers[{self.extra}]"'
+        return f"pip install {self.instrumentors[0].distribution}"
+
+    def instrumentor(self) -> Instrumentor | None:
+        """Return the installed instrumentor that is preferred, or None."""
+        return next((one for one in self.instrumentors if one.is_installed()), None)
+
+
+def _genai(name: str, requires: tuple[str, ...] = ()) -> Instrumentor:
+    return Instrumentor(
+        f"opentelemetry-instrumentation-genai-{name}", f"opentelemetry.instrumentation.genai.{name}", requires
+    )
+
+
+def _openinference(name: str) -> Instrumentor:
+    return Instrumentor(
+        f"openinference-instrumentation-{name}", f"openinference.instrumentation.{name.replace('-', '_')}"
+    )
+
+
+_COMPLETIONS = Instrumentor(
+    "opentelemetry-util-genai",
+    "waxell_workers.capture.completions",
+    entry_point="waxell_workers.capture.completions:CompletionsInstrumentor",
+)
+
+SDKS = (
+    Sdk(
+        "openai",
+        "openai",
+        ("openai",),
+        (_genai("openai"),),
+        ("openai.resources.",),
+        beside=(_COMPLETIONS,),
+        extra="openai",
+    ),
+    Sdk(
+        "anthropic",
+        "anthropic",
+        ("anthropic",),
+        (_genai("anthropic"),),
+        ("anthropic.resources.", "anthropic._response"),
+        extra="anthropic",
+    ),
+    Sdk(
+        "google-genai",
+        "google.genai",
+        ("google-genai",),
+        (
+            Instrumentor(
+                "opentelemetry-instrumentation-google-genai",
+                "opentelemetry.instrumentation.google_genai",
+                ("google-genai >= 1.32.0, < 4",),
+            ),
+        ),
+        ("google.genai.models", "google.genai.interactions", "google.genai._interactions"),
+        extra="google-genai",
+        calls_itself=False,  # but its tools do, and theirs are calls of their own
+        kept=("config",),
+    ),
+)
+
+SUPPORTED = {sdk.name: sdk for sdk in SDKS}
