@@ -95,9 +95,10 @@ def _open(path: Path) -> sqlite3.Connection:
         raise _unusable(path, error) from None
     connection = connect(path, query_only=False)
     try:
-        if _number(connection, "user_version") or _tables(connection):
-            if check(connection, path) < VERSION:  # before anything is changed: it may be another program's
-                _examine(connection)
+        empty = not _number(connection, "user_version") and not _tables(connection)
+        # before anything is changed: it may be another program's
+        if not empty and check(connection, path) < VERSION:
+            _examine(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
         version = _number(connection, "user_version")

@@ -1,0 +1,151 @@
+"""A database that an older server has made keeps working, and a reader leaves it as it is."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from waxell_workers.core.errors import ConfigError
+from waxell_workers.server import Store, migration, schema
+from waxell_workers.server.writes import CallMade, End, Start
+
+TABLES_1 = Path(__file__).with_name("server_version_1.sql")
+NOW = 1_790_000_000.0
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A database of version 1: a run with a chat, an embedding, and a failure that had no usage."""
+    path = tmp_path / "runs.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(TABLES_1.read_text())
+        connection.execute(
+            "INSERT INTO runs (run_id, agent_name, workflow_name, status, known, started_at, ended_at, source,"
+            " calls, tokens_in, tokens_out, cost_usd) VALUES ('r', 'triage', 'celery', 'success', 1, ?, ?,"
+            " 'ingest', 3, 107, 20, 0.5)",
+            (NOW, NOW + 2),
+        )
+        connection.execute(
+            "INSERT INTO runs (run_id, started_at, source) VALUES ('empty', ?, 'ingest')", (NOW - 9,)
+        )
+        connection.executemany(
+            "INSERT INTO calls (run_id, call_id, model, operation, status, started_at, tokens_in, tokens_out,"
+            " tokens_cached, cost_usd, prompt) VALUES ('r', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                ("c1", "gpt-4o", "chat", "ok", NOW, 100, 20, 30, 0.4, "hello"),
+                ("c2", "embedder", "embeddings", "ok", NOW + 1, 7, 0, 0, 0.1, ""),
+                ("c3", "gpt-4o", "chat", "error", NOW + 2, 0, 0, 0, None, ""),
+            ],
+        )
+        connection.execute("INSERT INTO records VALUES ('c1', 'r', ?)", (NOW,))
+        connection.commit()
+    return path
+
+
+def version_of(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def looks_as_now(store: Store) -> None:
+    run = store.run("r")
+    assert run is not None
+    assert (run["call_count"], run["tokens_in"], run["tokens_out"], run["cost_usd"]) == (3, 107, 20, 0.5)
+    assert (run["tokens_in_unknown"], run["tokens_out_unknown"], run["cost_unknown"]) == (1, 1, 1)
+    assert [(call["tokens_in"], call["tokens_out"], call["tokens_cached"]) for call in run["calls"]] == [
+        (100, 20, 30),
+        (7, 0, None),
+        (None, None, None),
+    ]
+    first = run["calls"][0]
+    assert (first["id"], first["prompt"], first["cost_usd"]) == ("c1", "hello", 0.4)
+    assert (first["tokens_cache_written"], first["messages"], first["tool_calls"]) == (None, [], [])
+    assert [each["run_id"] for each in store.runs()] == ["r", "empty"]
+    assert [each["tokens_in_unknown"] for each in store.runs()] == [1, 0]
+    stats = store.stats()
+    assert (stats["calls"], stats["tokens_in"], stats["cost_unknown"]) == (3, 107, 1)
+
+
+def test_a_server_brings_it_up_to_date_and_goes_on(old: Path) -> None:
+    """Nothing is lost; what is written then goes beside it; the second start finds nothing to do."""
+    with Store(old) as store:
+        looks_as_now(store)
+        with store.write() as writer:
+            assert writer.seen("c1")
+            writer.start("new", Start("a", "w", NOW + 9, "ingest"))
+            writer.call("new", CallMade("m", NOW + 9, tool_calls=[{"name": "search"}]))
+            writer.end("new", End("success", NOW + 10))
+    assert version_of(old) == schema.VERSION
+    with Store(old) as store:
+        run = store.run("new")
+        assert run is not None
+        assert run["calls"][0]["tool_calls"] == [{"name": "search"}]
+        assert run["tokens_in_unknown"] == 1
+
+
+def test_it_ends_up_with_the_tables_of_a_new_one(old: Path, tmp_path: Path) -> None:
+    """Column by column and index by index: no statement has to know two kinds of files."""
+
+    def shape(path: Path) -> object:
+        with closing(sqlite3.connect(path)) as connection:
+            names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master ORDER BY name")]
+            columns = {
+                name: sorted(row[1:5] for row in connection.execute(f"PRAGMA table_info({name})"))
+                for name in ("runs", "calls", "steps", "spans", "scores", "records", "counters")
+            }
+            keys = connection.execute("PRAGMA foreign_key_list(calls)").fetchall()
+            return names, columns, [row[2:] for row in keys]
+
+    for path in (old, tmp_path / "new.db"):
+        with Store(path):
+            pass
+    assert shape(old) == shape(tmp_path / "new.db")
+
+
+def test_a_reader_shows_it_and_changes_nothing(old: Path) -> None:
+    """`runs --db` looks at the file of a server that still runs, and may be the older one."""
+    before = old.read_bytes()
+    with Store(old, read_only=True) as store:
+        looks_as_now(store)
+        looks_as_now(store)
+    assert old.read_bytes() == before
+
+
+def test_a_run_goes_with_its_calls_after_that(old: Path) -> None:
+    """The table that was made anew belongs to its runs as the old one did."""
+    with Store(old, max_runs=1) as store:
+        for n in range(5):
+            with store.write() as writer:
+                writer.start(f"n{n}", Start("a", "w", NOW + 100 + n, "ingest"))
+                writer.end(f"n{n}", End("success", NOW + 200))
+    with closing(sqlite3.connect(old)) as connection:
+        assert connection.execute("SELECT count(*) FROM calls").fetchone() == (0,)
+
+
+def test_what_goes_wrong_on_the_way_leaves_the_file_as_it_was(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, say: the server does not start, and the next try finds version 1, whole."""
+    half, _, _ = migration._UPGRADE.partition("DROP TABLE calls_1")
+    monkeypatch.setattr(migration, "_UPGRADE", f"{half}INSERT INTO no_such_table VALUES (1);\n")
+    with pytest.raises(ConfigError, match="no such table"):
+        Store(old)
+    monkeypatch.undo()
+    assert version_of(old) == 1
+    with Store(old) as store:
+        looks_as_now(store)
+
+
+def test_a_damaged_one_is_put_aside_as_it_is(old: Path) -> None:
+    """It is looked at before it is changed: what is put aside is what was there."""
+    with old.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * 4096)
+    damaged = old.read_bytes()
+    with Store(old) as store:
+        assert store.runs() == []
+    [aside] = old.parent.glob("runs.db.damaged-*[0-9]")
+    assert aside.read_bytes() == damaged
