@@ -542,7 +542,7 @@ def test_no_names_are_no_capture(listen: Callable[..., list[dict[str, Any]]], cl
 
 def test_an_unknown_name_is_refused(listen: Callable[..., list[dict[str, Any]]]) -> None:
     """The error names the setting, the value and what is allowed."""
-    with pytest.raises(ConfigError, match="capture='opnai': expected some of anthropic, .*openai"):
+    with pytest.raises(ConfigError, match=r"capture='opnai': expected some of anthropic, .*openai"):
         listen(names=("opnai",))
 
 
