@@ -46,12 +46,13 @@ def go_on(started: threading.Event) -> None:
         record(f"thread-{number}")
 
 
-def never_stop() -> None:
+def never_stop(started: threading.Event) -> None:
     number = 0
     while True:
         number += 1
         waxell_workers.record_llm_call(model=f"daemon-{number}")
         promises.call(f"daemon-{number}")
+        started.set()
         time.sleep(0.001)
 
 
@@ -65,7 +66,9 @@ if __name__ == "__main__":
     started = threading.Event()
     threading.Thread(target=go_on, args=(started,)).start()
     if "daemon" in sys.argv:
-        threading.Thread(target=never_stop, daemon=True).start()
+        running = threading.Event()
+        threading.Thread(target=never_stop, args=(running,), daemon=True).start()
+        running.wait()
     started.wait()
     record("main")
     atexit.register(record, "registered-last")
