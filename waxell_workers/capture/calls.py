@@ -29,6 +29,14 @@ class Listener:
     """Returns whether prompts, responses and the full text of errors are to be told there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message, shaped like those of `opentelemetry.util.genai.types`."""
+
+    role: str
+    parts: Sequence[Any]
+
+
 def call_fields(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that a span's attributes settle; none of them is content.
 

@@ -20,7 +20,7 @@ from opentelemetry._logs import NoOpLoggerProvider
 from opentelemetry.metrics import NoOpMeterProvider
 from wrapt import FunctionWrapper
 
-from .calls import Listener
+from .calls import Listener, Message
 from .gates import Passage, gate
 from .platform import platform_sdk_is_active
 from .sdks import Instrumentor, Sdk
@@ -44,9 +44,12 @@ class _ContentHook(_Guard):  # type: ignore[misc]  # no public class to inherit 
     def __init__(self) -> None:
         """Guard nothing."""
 
-    def on_completion(self, *, inputs: Any, outputs: Any, span: Any = None, **_: Any) -> None:
+    def on_completion(
+        self, *, inputs: Any, outputs: Any, system_instruction: Any = (), span: Any = None, **_: Any
+    ) -> None:
         if isinstance(span, CallSpan):
-            span.content = (inputs, outputs)
+            system = [Message("system", system_instruction)] if system_instruction else []
+            span.content = ([*system, *inputs], outputs)
 
 
 class Layer:
