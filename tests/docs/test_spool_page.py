@@ -29,7 +29,9 @@ TYPES = {
     float: "number",
     bool: "true or false",
     Any: "any JSON",
+    int | None: "whole number or null",
     float | None: "number or null",
+    list[dict[str, Any]]: "list",
     dict[str, Any]: "object",
 }
 

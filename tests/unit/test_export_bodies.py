@@ -137,3 +137,50 @@ def test_the_output_of_a_step_is_an_object() -> None:
     assert bodies.step(step(output={"a": 1}))["output"] == {"a": 1}
     assert bodies.step(step(output=3))["output"] == {"output": 3}
     assert bodies.step(step())["output"] == {}
+
+
+def test_unknown_tokens_are_zero_in_the_record_and_absent_in_the_span() -> None:
+    """REST wants numbers; its open objects tell which of them nobody told, and which are really 0."""
+    untold = call(tokens_in=None, tokens_out=None)
+    assert (bodies.call(untold)["tokens_in"], bodies.call(untold)["tokens_out"]) == (0, 0)
+    told = bodies.llm_span(untold, started(), 1)["attributes"].keys()
+    assert not told & {"tokens_in", "tokens_out", "total_tokens", "waxell.tokens_cached", "cost"}
+    half = bodies.llm_span(call(tokens_out=None), started(), 1)["attributes"]
+    assert half["tokens_in"] == 1000
+    assert "total_tokens" not in half
+    none_at_all = bodies.llm_span(call(tokens_out=0, tokens_cached=0), started(), 1)["attributes"]
+    assert (none_at_all["tokens_out"], none_at_all["total_tokens"]) == (0, 1000)
+    assert none_at_all["waxell.tokens_cached"] == 0
+
+
+def test_an_embedding_has_no_output_to_be_unknown() -> None:
+    """Its span says 0: nothing is missing."""
+    embedding = bodies.llm_span(call(operation="embeddings", tokens_out=None), started(), 1)
+    assert (embedding["attributes"]["tokens_out"], embedding["attributes"]["total_tokens"]) == (0, 1000)
+
+
+def test_what_previews_cut_is_whole_in_the_span() -> None:
+    """Messages and the answer, as the platform's own client names them; only where there is more to say."""
+    sent = call(
+        prompt="p" * 900, response="r" * 900, messages=[{"role": "user", "text": "hi"}, {"role": "tool"}]
+    )
+    span = bodies.llm_span(sent, started(), 1)
+    assert span["input_data"] == {
+        "prompt_preview": "p" * 500,
+        "full_messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": ""}],
+    }
+    assert span["output_data"] == {"response_preview": "r" * 500, "full_response": "r" * 900}
+    short = bodies.llm_span(call(prompt="p", response="r"), started(), 1)
+    assert short["input_data"] == {"prompt_preview": "p"}
+    assert short["output_data"] == {"response_preview": "r"}
+    alone = bodies.llm_span(call(prompt="p" * 900), started(), 1)
+    assert alone["input_data"]["full_messages"] == [{"role": "user", "content": "p" * 900}]
+
+
+def test_a_span_names_the_tools_that_were_asked_for() -> None:
+    """There is no other place for them in the protocol."""
+    asked = [{"name": "search", "id": "t1"}]
+    span = bodies.llm_span(call(tool_calls=asked, tokens_cache_written=5), started(), 1)
+    assert span["attributes"]["waxell.tool_calls"] == asked
+    assert span["attributes"]["waxell.tokens_cache_written"] == 5
+    assert "waxell.tool_calls" not in bodies.llm_span(call(), started(), 1)["attributes"]

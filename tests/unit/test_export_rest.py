@@ -12,6 +12,7 @@ from tests.export_cases import batch, call, ended, export, exporter, ids, left, 
 from tests.faulty import FaultyServer, Run
 from waxell_workers.core.exporting import RunBatch, RunState
 from waxell_workers.core.records import RunUpdated, TaskLost
+from waxell_workers.export import bodies, rest
 from waxell_workers.export.waxell import WaxellExporter
 
 SEQUENCE = ["start", "llm-calls", "steps", "spans", "complete"]
@@ -347,6 +348,24 @@ def test_spans_that_a_healthy_server_cannot_take_do_not_keep_a_run_open(
     assert export(waxell, run).acknowledged == {"r.end"}
     assert waxell.spans_dropped == 2
     assert the_run(server).order == ["start", "llm-calls", "steps", "complete"]
+
+
+def test_content_that_waits_with_spans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans wait in memory while a server cannot take them: beyond a size, with previews only."""
+    monkeypatch.setattr(rest, "CONTENT_WAITING", 2500)
+    queue = rest.SpanQueue()
+    large = call(prompt="p" * 600, response="r" * 600, messages=[{"role": "user", "text": "m" * 400}])
+    for n in range(4):
+        queue.add(f"run-{n % 2}", bodies.llm_span(large, started(), n))
+    waiting = [*queue.of("run-0").spans, *queue.of("run-1").spans]
+    whole = [
+        "full_messages" in span["input_data"] and "full_response" in span["output_data"] for span in waiting
+    ]
+    assert sorted(whole) == [False, False, True, True]
+    assert all(span["input_data"]["prompt_preview"] for span in waiting)
+    queue.clear("run-0")
+    queue.add("run-0", bodies.llm_span(large, started(), 9))
+    assert "full_messages" in queue.of("run-0").spans[0]["input_data"]
 
 
 def test_an_outage_is_no_reason_to_give_up_spans(server: FaultyServer, waxell: WaxellExporter) -> None:

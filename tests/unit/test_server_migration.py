@@ -23,9 +23,9 @@ def old(tmp_path: Path) -> Path:
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(TABLES_1.read_text())
         connection.execute(
-            "INSERT INTO runs (run_id, agent_name, workflow_name, status, known, started_at, ended_at, source,"
-            " calls, tokens_in, tokens_out, cost_usd) VALUES ('r', 'triage', 'celery', 'success', 1, ?, ?,"
-            " 'ingest', 3, 107, 20, 0.5)",
+            "INSERT INTO runs (run_id, agent_name, workflow_name, status, known, started_at, ended_at,"
+            " source, calls, tokens_in, tokens_out, cost_usd)"
+            " VALUES ('r', 'triage', 'celery', 'success', 1, ?, ?, 'ingest', 3, 107, 20, 0.5)",
             (NOW, NOW + 2),
         )
         connection.execute(
