@@ -157,7 +157,8 @@ def _listen(collector: Collector) -> None:
 
 def _drain(collector: Collector) -> None:
     settings = collector.settings
-    collector.others = Drain(settings.drain) if settings.observe and settings.drain else None
+    if collector.others is None and settings.observe and settings.drain:
+        collector.others = Drain(settings.drain)
 
 
 when_configured(_listen)

@@ -56,7 +56,7 @@ def doctor(as_json: bool, no_send: bool, timeout: float, url: str | None, spool_
 
 def examine(situation: Situation) -> Iterator[Finding]:
     """Yield what every check finds, as soon as it is found."""
-    from . import capture, server, settings, shipping, spool, trial, versions
+    from . import capture, drain, server, settings, shipping, spool, trial, versions
 
     checks = (
         versions.check,
@@ -67,6 +67,7 @@ def examine(situation: Situation) -> Iterator[Finding]:
         server.check,
         capture.check_sdks,
         capture.check_tracers,
+        drain.check,
         trial.check,
     )
     for check in checks:
