@@ -115,33 +115,70 @@ class Passage:
 class _Call:
     """One call through a gate: the two contexts, and the spans that were opened for it."""
 
-    __slots__ = ("inside", "method", "opened", "passage")
+    __slots__ = ("inside", "method", "opened", "outside", "passage")
 
     def __init__(self, passage: Passage, wrapped: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        outside = get_current()
         self.passage = passage
         self.opened: list[Any] = []
-        self.inside = _without_open_calls(outside, self.opened)
+        self.outside = get_current()
+        self.inside = Context({**_without_open_calls(self.outside), OPENED: self.opened})
         kept = {name: kwargs[name] for name in passage.kept if name in kwargs}
-        self.method = _Method(wrapped, _marked(outside, passage.mark), kept)
+        self.method = _Method(wrapped, _marked(self.outside, passage.mark), kept)
 
-    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return what the instrumentor sees of the caller's keyword arguments."""
-        kept = self.method.kept
-        return {**kwargs, **{name: copy.copy(value) for name, value in kept.items()}} if kept else kwargs
+    def run(self, wrapper: Wrapper, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the wrapper in its context; what it returns may be a coroutine that has not begun."""
+        token = attach(self.inside)
+        try:
+            kept = self.method.kept
+            seen = {**kwargs, **{name: copy.copy(value) for name, value in kept.items()}} if kept else kwargs
+            return wrapper(self.method, instance, args, seen)
+        except BaseException as error:
+            if not self._is_defect(error):
+                self._fail(error)
+                raise
+            _say_defect(error)
+        finally:
+            detach(token)
+        result = self.method.result if self.method.returned else self.method.__wrapped__(*args, **kwargs)
+        self._end()
+        return result
 
-    def is_the_callers(self, error: BaseException) -> bool:
-        """True if an error is none of the instrumentor's: it came from the SDK, or is an interrupt."""
-        is_defect = isinstance(error, BUGS)
-        return not is_defect or (self.method.called and not self.method.returned)
+    async def finish(
+        self, coroutine: Coroutine[Any, Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Await what the wrapper returned, in its context."""
+        method = self.method
+        token = attach(self.inside)
+        try:
+            result = await coroutine
+            return method.result if result is None else result
+        except BaseException as error:
+            if not self._is_defect(error):
+                self._fail(error)
+                raise
+            _say_defect(error)
+        finally:
+            detach(token)
+        result = method.result if method.returned else await method.__wrapped__(*args, **kwargs)
+        self._end()
+        return result
 
-    def fail(self, error: BaseException) -> None:
+    def restore(self) -> None:
+        """Make the caller's context current again, if an interrupt has prevented that."""
+        if get_current() is self.inside:
+            attach(self.outside)
+
+    def _is_defect(self, error: BaseException) -> bool:
+        """True for an error of the instrumentor's own; not for one of the SDK's, nor for an interrupt."""
+        return isinstance(error, BUGS) and (self.method.returned or not self.method.called)
+
+    def _fail(self, error: BaseException) -> None:
         """End what the instrumentor has left open."""
         for span in self.opened:
             span.fail(error)
 
-    def end(self) -> None:
-        """End what the instrumentor has left open when it failed: the call itself has succeeded."""
+    def _end(self) -> None:
+        """End what a defect has left open: the call itself has succeeded."""
         for span in self.opened:
             if span.is_open:
                 span.end()
@@ -163,48 +200,24 @@ def gate(wrapper: Wrapper, passage: Passage) -> Wrapper:
         if wrapped.__name__ == "stream":
             return _manager_gate(wrapper, wrapped, instance, args, kwargs, passage.mark)
         call = _Call(passage, wrapped, kwargs)
-        method = call.method
-        token = attach(call.inside)
         try:
-            result = wrapper(method, instance, args, call.arguments(kwargs))
-            return _awaited(call, result, wrapped, args, kwargs) if inspect.iscoroutine(result) else result
-        except BaseException as error:
-            if call.is_the_callers(error):
-                call.fail(error)
-                raise
-            _say_defect(error)
-        finally:
-            detach(token)
-        result = method.result if method.returned else wrapped(*args, **kwargs)
-        call.end()
-        return result
+            result = call.run(wrapper, instance, args, kwargs)
+        except BaseException:
+            call.restore()
+            raise
+        return _awaited(call, result, args, kwargs) if inspect.iscoroutine(result) else result
 
     return gated
 
 
 async def _awaited(
-    call: _Call,
-    coroutine: Coroutine[Any, Any, Any],
-    wrapped: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: _Call, coroutine: Coroutine[Any, Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Do for a coroutine what a gate does for a call that returns at once."""
-    method = call.method
-    token = attach(call.inside)
     try:
-        result = await coroutine
-        return method.result if result is None else result
-    except BaseException as error:
-        if call.is_the_callers(error):
-            call.fail(error)
-            raise
-        _say_defect(error)
-    finally:
-        detach(token)
-    result = method.result if method.returned else await wrapped(*args, **kwargs)
-    call.end()
-    return result
+        return await call.finish(coroutine, args, kwargs)
+    except BaseException:
+        call.restore()
+        raise
 
 
 def _is_inside(mark: str) -> bool:
@@ -215,9 +228,11 @@ def _marked(context: Context, mark: str) -> Context:
     return Context({**context, _OURS: mark}) if mark else context
 
 
-def _without_open_calls(context: Context, opened: list[Any]) -> Context:
-    inside = {key: value for key, value in context.items() if not key.startswith(semconv.OPEN_CALL_PREFIX)}
-    return Context({**inside, OPENED: opened})
+def _without_open_calls(context: Context) -> Context:
+    open_calls = [key for key in context if key.startswith(semconv.OPEN_CALL_PREFIX)]
+    if not open_calls:
+        return context
+    return Context({key: value for key, value in context.items() if key not in open_calls})
 
 
 _said: set[str] = set()
@@ -294,7 +309,7 @@ class _Outer(_Manager):
     def _enter(self) -> Token[Context]:
         outside = get_current()
         self._self_doorway.context = _marked(outside, self._self_doorway.mark)
-        return attach(_without_open_calls(outside, []))
+        return attach(_without_open_calls(outside))
 
 
 class _Inner(_Manager):
