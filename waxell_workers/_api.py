@@ -10,7 +10,7 @@ from . import capture as capturing
 from .core.collector import Collector, Stats, configure, current, when_configured
 from .core.config import resolve
 from .core.flush import FlushResult
-from .core.runs import current_run_id, record_reported_call
+from .core.runs import current_run_id, record_reported_call, wants_content
 from .core.values import Redactor
 from .drain import Drain
 
@@ -149,9 +149,8 @@ def _listen(collector: Collector) -> None:
     capturing.install(
         collector.record_call,
         names=settings.capture,
-        capture_content=settings.capture_content,
-        redact=settings.redact,
         current_run=current_run_id,
+        wants_content=wants_content,
     )
 
 

@@ -50,11 +50,6 @@ def _modules(error: BaseException) -> Iterator[str]:
     return map(module_name, type.__dict__["__mro__"].__get__(type(error)))
 
 
-def redact_text(redact: object, text: str) -> str:
-    """Return a text as it is: the collector redacts records. For capture, until it hands over whole texts."""
-    return text
-
-
 def error_type(error: BaseException) -> str:
     """Return an exception's qualified type, without `builtins`."""
     return type_name(type(error)).removeprefix("builtins.").removeprefix("__main__.")
