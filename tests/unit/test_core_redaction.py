@@ -381,14 +381,24 @@ def test_a_captured_call_is_cut_visibly(redact: Any) -> None:
         captured(
             prompt="p" * 25,
             response="r" * 20,
-            tool_calls=[{"name": "n", "id": "1", "arguments": "a" * 2_001}, {"name": "n", "id": "2"}],
+            tool_calls=[
+                {"name": "n", "id": "1", "arguments": "a" * 2_001},
+                {"name": "n", "id": "2"},
+                {"name": "n", "id": "3", "arguments": {"a": [1]}},
+                {"name": "n", "id": "4", "arguments": {"a": ["b" * 1_000] * 10}},
+            ],
             error_message="e" * 510,
         )
     (call,) = runs.calls
     assert call.prompt == "p" * 20 + "… [5 characters cut]"
     assert call.response == "r" * 20
     assert call.tool_calls[0]["arguments"] == "a" * 2_000 + "… [1 characters cut]"
-    assert call.tool_calls[1] == {"name": "n", "id": "2"}
+    assert call.tool_calls[1:3] == [
+        {"name": "n", "id": "2"},
+        {"name": "n", "id": "3", "arguments": {"a": [1]}},
+    ]
+    assert call.tool_calls[3]["arguments"].startswith('{"a":["bbb')
+    assert len(call.tool_calls[3]["arguments"]) < 2_050
     assert call.error_message == "e" * 500 + "… [10 characters cut]"
 
 

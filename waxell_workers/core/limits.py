@@ -95,5 +95,7 @@ def _with_arguments_cut(asked: dict[str, Any]) -> dict[str, Any]:
     arguments = asked.get("arguments")
     if arguments is None:
         return asked
-    is_text = type(arguments) is str
-    return asked | {"arguments": cut_text(arguments, _ARGUMENTS_CHARACTERS) if is_text else reduce(arguments)}
+    text = arguments if type(arguments) is str else msgspec.json.encode(reduce(arguments)).decode()
+    if len(text) <= _ARGUMENTS_CHARACTERS:
+        return asked
+    return asked | {"arguments": cut_text(text, _ARGUMENTS_CHARACTERS)}
