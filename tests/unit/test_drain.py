@@ -1,7 +1,7 @@
-"""`drain`: other tracers are flushed by the deadline or left behind, and nothing is imported, made or hidden.
+"""`drain`: other tracers are flushed by the deadline or left behind; nothing is imported, made or hidden.
 
-OpenTelemetry's SDK is the real one, with an exporter that waits for an event; openai-agents, which must not be
-in our environment, has its acceptance tests.
+OpenTelemetry's SDK is the real one, with an exporter that waits for an event; openai-agents, which must not
+be in our environment, has its acceptance tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Two tracers that a user's application has beside waxell-workers, set up as their documentation says.
 
 Each trace and span has a marker, which their exporters POST to `COLLECTOR_URL`, in the batches that they
-are given. Importing this sets both up: in a worker that forks afterwards, the children inherit their locks and
+are given. Importing this sets both up: in a worker that forks afterwards, children inherit their locks and
 queues, and none of their threads.
 """
 

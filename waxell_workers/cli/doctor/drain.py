@@ -25,15 +25,13 @@ def check(situation: Situation) -> Findings:
         if name in situation.settings.drain:
             yield _of_named(name, distribution, number)
         elif number:
-            text = (
-                f"{distribution} {number}: not flushed where waxell-workers flushes; drain does not name it"
-            )
+            text = f"{distribution} {number}: not flushed where we flush, drain does not name it"
             yield Finding(AREA, "info", text)
 
 
 def _of_named(name: str, distribution: str, number: str) -> Finding:
     if number:
-        return Finding(AREA, "ok", f"{distribution} {number}: flushed where waxell-workers flushes, if used")
+        return Finding(AREA, "ok", f"{distribution} {number}: flushed where we flush, if it is used")
     return Finding(
         AREA,
         "warn",
