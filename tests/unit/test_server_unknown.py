@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,18 @@ def test_another_clients_call_without_a_count_is_unknown(client: Client) -> None
     ]
 
 
+def test_a_span_without_counts_belongs_to_a_call_without(client: Client) -> None:
+    """The two are matched by their counts: not told is not told, here and there."""
+    run_id = client.post(f"{API}/runs/start/", {"agent_name": "a"}).json()["run_id"]
+    client.post(f"{API}/runs/{run_id}/llm-calls/", {"calls": [{"model": "m"}]}).raise_for_status()
+    facts = {"model": "m", "gen_ai.provider.name": "ollama"}
+    span = {"name": "chat", "kind": "llm", "position": 1, "duration_ms": 70, "attributes": facts}
+    client.post(f"{API}/runs/{run_id}/spans/", {"spans": [span]}).raise_for_status()
+    [found] = client.run(run_id)["calls"]
+    assert (found["provider"], found["duration_ms"], found["tokens_in"]) == ("ollama", 70, None)
+    assert client.run(run_id)["tokens_in_unknown"] == 1
+
+
 def test_pages_show_no_nought_for_the_unknown(client: Client) -> None:
     """A dash where nobody knows anything; where something is known, that it is at least so much."""
     client.send(
@@ -190,6 +203,8 @@ def test_pages_show_no_nought_for_the_unknown(client: Client) -> None:
     assert "2 of 3 unknown" in client.get("/").text
     unknown = client.get("/runs/r2").text
     assert "$0" not in unknown
+    cells = re.findall(r'data-label="(?:tokens in|tokens out|cost)">(.*?)</td>', unknown, re.DOTALL)
+    assert [re.sub(r"<.*?>", "", cell).strip() for cell in cells] == ["\N{EN DASH}"] * 3
     assert "≥" not in unknown
     assert "1 of 1 unknown" in unknown
     assert "the provider did not say" in unknown
@@ -262,6 +277,8 @@ def test_a_terminal_shows_the_same(client: Client, store: Store) -> None:
     assert "tokens in ≥ 10 (1 of 2 unknown), out ≥ 5 (1 of 2 unknown)" in run
     assert "cost ≥ $0.001000 (1 of 2 unknown)" in run
     assert "search" in run
+    [made] = [line for line in shown("runs", "show", "r2").splitlines() if "gpt-4o-mini" in line]
+    assert made.split() == ["gpt-4o-mini", "chat", "ok", *"----"]
     as_json = json.loads(shown("runs", "show", "r2", "--json"))
     assert (as_json["tokens_in"], as_json["cost_usd"], as_json["cost_unknown"]) == (None, None, 1)
     assert as_json["llm_calls"][0]["tokens_in"] is None
