@@ -171,6 +171,18 @@ def test_a_field_of_another_type_is_made_to_fit(rubbish: Any) -> None:
     assert MARK not in f"{runs.all()}"
 
 
+def test_messages_that_are_none_are_kept() -> None:
+    """What a redactor puts into a list of messages is not lost for being no message."""
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        return record | ({"messages": ["a", {"text": "b"}], "tokens_in": 2.6} if "messages" in record else {})
+
+    with record_runs(redact=change) as runs:
+        captured()
+    assert runs.calls[0].messages == [{"value": "a"}, {"text": "b"}]
+    assert runs.calls[0].tokens_in == 3
+
+
 def test_a_field_that_is_taken_away_has_its_default() -> None:
     """`{}` is a record of which nothing is told but that it happened."""
     with record_runs(redact=lambda record: {}) as runs:
@@ -209,8 +221,18 @@ def returns_what_cannot_be_read(record: Any) -> Any:
     return Broken({Key(key): value for key, value in record.items()})
 
 
-@pytest.mark.parametrize("redact", [raises, returns_nothing, returns_text, returns_what_cannot_be_read])
-def test_a_redactor_that_fails_costs_the_content(redact: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("redact", "why"),
+    [
+        (raises, "it raised LookupError"),
+        (returns_nothing, "it returned NoneType, not the record"),
+        (returns_text, "it returned str, not the record"),
+        (returns_what_cannot_be_read, "it raised LookupError"),
+    ],
+)
+def test_a_redactor_that_fails_costs_the_content(
+    redact: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """No text of the content is written; everything else is; the log says it once, and quotes nothing."""
     with record_runs(redact=redact) as runs:
         everything()
@@ -229,6 +251,7 @@ def test_a_redactor_that_fails_costs_the_content(redact: Any, caplog: pytest.Log
     assert (second.error_type, second.error_message, second.traceback) == ("ValueError", FAILED, FAILED)
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
+    assert f"({why})" in said.getMessage()
     assert MARK not in caplog.text
 
 
@@ -250,8 +273,9 @@ def test_what_an_adapter_tells_of_its_task_is_no_content() -> None:
     assert run.metadata[FAILED] == FAILED
 
 
+@pytest.mark.parametrize("by_texts", [True, False], ids=["redact_texts", "redact"])
 @pytest.mark.parametrize("interrupt", [SoftTimeLimitExceeded, KeyboardInterrupt, SystemExit])
-def test_an_interrupt_in_redact_reaches_the_task(interrupt: type[BaseException]) -> None:
+def test_an_interrupt_in_redact_reaches_the_task(interrupt: type[BaseException], by_texts: bool) -> None:
     """It goes on, after the record was written without its content; each run has its one end."""
     asked: list[str] = []
 
@@ -259,7 +283,12 @@ def test_an_interrupt_in_redact_reaches_the_task(interrupt: type[BaseException])
         asked.append(record["id"])
         raise interrupt
 
-    with record_runs(redact=slow) as runs:
+    def slow_at_a_text(text: str) -> str:
+        if text != FAILED:
+            raise interrupt
+        return text
+
+    with record_runs(redact=redact_texts(slow_at_a_text) if by_texts else slow) as runs:
         with pytest.raises(interrupt), WaxellContext("a", inputs={"q": MARK}):
             pytest.fail("the block has begun")
         run = WaxellContext("b")
@@ -357,14 +386,15 @@ def test_a_text_is_redacted_whole_and_cut_afterwards() -> None:
     assert call.prompt == call.response == "x" * 9_990 + "***"
 
 
-def test_of_a_text_that_no_record_holds_the_beginning_is_kept() -> None:
-    """It is redacted as far as a record reaches, less of it is kept, and the count is of the whole."""
+@pytest.mark.parametrize("shorter", [str, lambda text: text.replace("xx", "x")], ids=["", "halved"])
+def test_of_a_text_that_no_record_holds_the_beginning_is_kept(shorter: Callable[[str], str]) -> None:
+    """It is redacted as far as a record reaches; less is kept, so that no half of a secret is there."""
     long = "x" * (MAX_LINE - 3) + MARK * 50_000
-    with record_runs(redact=redact_texts(lambda text: text.replace(MARK, ""))) as runs:
+    with record_runs(redact=redact_texts(lambda text: shorter(text.replace(MARK, "")))) as runs:
         waxell_workers.record_llm_call(model="m", prompt_preview=long)
     (call,) = runs.calls
     assert "hun" not in call.prompt
-    assert len(call.prompt) < SHORT + 50
+    assert SHORT < len(call.prompt) < SHORT + 50
 
 
 def test_a_cut_text_says_how_much_is_missing_in_all() -> None:
