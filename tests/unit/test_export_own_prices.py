@@ -256,6 +256,26 @@ class TestFunction:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+class TestPage:
+    """The examples of docs/prices.md do what is said beside them."""
+
+    PAGE = (Path(__file__).parents[2] / "docs" / "prices.md").read_text()
+
+    def test_the_file(self, tmp_path: Path) -> None:
+        """It is read, and its prices count."""
+        (path := tmp_path / "prices.json").write_text(self.PAGE.split("```json\n")[1].split("```")[0])
+        sizes = {"tokens_in": 1_000_000, "tokens_cached": 500_000, "tokens_out": 1_000_000}
+        assert usd(str(path), model="gpt-4o-mini-2024-07-18", **sizes) == pytest.approx(0.06 + 0.03 + 0.48)
+        assert usd(str(path), model="our-llama-3", provider="ollama", **sizes) == pytest.approx(0.15)
+
+    def test_the_function(self, module: Callable[[str], str]) -> None:
+        """It prices what it says, and leaves the rest."""
+        setting = module(self.PAGE.split("```python\n")[1].split("```")[0]).replace(":f", ":usd")
+        sizes = {"tokens_in": 1_000_000, "tokens_out": 0}
+        assert usd(setting, provider="azure.ai.openai", **sizes) == pytest.approx(2.0)
+        assert usd(setting, number=1) == price(call())
+
+
 THEIRS = "def usd(call):\n    return 7.5 if call.model == 'ours' else None\n"
 
 
