@@ -17,21 +17,26 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import distributions, version
-from importlib.util import find_spec
 from pathlib import Path
 
+import packaging.requirements  # noqa: F401  # imported while it can be found: see `packages`
 import pytest
 
 from tests.faulty import FaultyServer
 from tests.harness import ROOT, START_S, await_, children_in, environment, shippers_of, start_server
 from waxell_workers._version import __version__
-from waxell_workers.capture import SUPPORTED
-from waxell_workers.cli.doctor import capture, settings, shipping, versions
+from waxell_workers.capture.sdks import SDKS, Instrumentor, Sdk
+from waxell_workers.cli.doctor import capture, claims, settings, shipping, versions
 from waxell_workers.cli.doctor import spool as check_spool
 from waxell_workers.cli.doctor.findings import Finding
 from waxell_workers.cli.doctor.situation import Situation
 from waxell_workers.core import config, inspection, spool
 from waxell_workers.core.config import Settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
 
 KEY = "wax_sk_0123456789secret"
 RUN_S = 90.0
@@ -554,7 +559,7 @@ def test_every_area_is_explained_in_the_docs(place):
     page = (ROOT / "docs" / "doctor.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "waxell_workers/cli/doctor").glob("*.py"))
     areas = set(re.findall(r'^(?:\w*AREA|BACKLOG|SHIPPER) = "([^"]+)"$', sources, re.MULTILINE))
-    assert len(areas) == 9
+    assert len(areas) == 10
     assert {area for area in areas if f"| {area} |" not in page} == set()
 
 
@@ -612,21 +617,38 @@ def test_torn_lines_are_told(place, faulty):
 # -- packages ----------------------------------------------------------------------------------
 
 
-def test_every_sdk_that_capture_supports_is_in_the_table():
-    """Whoever adds an SDK to capture is told to add it here."""
-    assert SUPPORTED.keys() - {sdk.module for sdk in capture.SDKS} == set()
-    assert len({sdk.distribution for sdk in capture.SDKS}) == len(capture.SDKS)
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Have nothing installed but these, by their metadata alone: there is nothing to import."""
+
+    def install(versions: dict[str, str], **claims: list[str]) -> None:
+        site = tmp_path / "site-packages"
+        for name, number in versions.items():
+            information = site / f"{name.replace('-', '_')}-{number}.dist-info"
+            information.mkdir(parents=True)
+            lines = ["Metadata-Version: 2.4", f"Name: {name}", f"Version: {number}"]
+            lines += [f"Requires-Dist: {claim}" for claim in claims.get(name.replace("-", "_"), [])]
+            (information / "METADATA").write_text("\n".join(lines) + "\n")
+        monkeypatch.setattr(sys, "path", [str(site)])
+
+    return install
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_the_distribution_of_an_instrumentor_is_found_by_its_module(name):
-    """The rule by which its name is guessed finds each instrumentor that is installed here, and no other."""
-    module = SUPPORTED[name][1]
-    try:
-        is_there = find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package around it
-        is_there = False
-    assert bool(versions.installed(capture.distribution_of(module))) is is_there
+def examined(chosen: tuple[str, ...] | None = None) -> list[Finding]:
+    return list(capture.check_sdks(Situation(Settings(capture=chosen), {})))
+
+
+def suits(sdk: Sdk) -> str:
+    """Return a version that each instrumentor of an SDK takes, as far as our own table says."""
+    bounds = [
+        bound for one in sdk.instrumentors for bound in re.findall(r">=? ?([0-9.]+)", str(one.requires))
+    ]
+    return max(bounds, default="7.1", key=versions._numbers)
+
+
+HEARD = [(sdk, one) for sdk in SDKS for one in sdk.instrumentors]
+"""Each SDK with each instrumentor that can hear it."""
+by_name = [f"{sdk.name}-{one.distribution}" for sdk, one in HEARD]
 
 
 def test_an_sdk_with_its_instrumentor_is_heard(place):
@@ -636,35 +658,131 @@ def test_an_sdk_with_its_instrumentor_is_heard(place):
     assert f"openai {version('openai')}: heard, by {instrumentor} {version(instrumentor)} → " in heard
 
 
-@pytest.mark.parametrize("module", SUPPORTED)
-def test_every_sdk_that_capture_supports_is_heard_where_all_is_installed(monkeypatch, module):
-    """Given any supported SDK and the distribution of its instrumentor, the report says `heard`."""
-    sdk = next(sdk for sdk in capture.SDKS if sdk.module == module)
-    instrumentor = capture.distribution_of(SUPPORTED[module][1])
-    present = {sdk.distribution: "7.1", instrumentor: "8.2"}
-    monkeypatch.setattr(capture, "installed", lambda name: present.get(name, ""))
-    for chosen in (None, (module,)):
-        found = list(capture.check_sdks(Situation(Settings(capture=chosen), {})))
-        assert found == [Finding("capture", "ok", f"{sdk.distribution} 7.1: heard, by {instrumentor} 8.2")]
+@pytest.mark.parametrize(("sdk", "instrumentor"), HEARD, ids=by_name)
+def test_every_sdk_is_heard_by_each_of_its_instrumentors(packages, sdk, instrumentor):
+    """Given any SDK of the table and any instrumentor of it, the report says `heard`, with both versions."""
+    number = suits(sdk)
+    packages(
+        {sdk.distributions[0]: number}
+        | {one.distribution: "8.2" for one in (instrumentor, *sdk.beside) if one.distribution}
+    )
+    by = f"{instrumentor.distribution} 8.2" if instrumentor.distribution else "an instrumentor of ours"
+    for chosen in (None, (sdk.name,)):
+        (found,) = (finding for finding in examined(chosen) if finding.text.startswith(sdk.distributions[0]))
+        assert found.status == "ok"
+        assert found.text.startswith(f"{sdk.distributions[0]} {number}: heard, by {by}")
 
 
-def test_an_sdk_without_its_instrumentor_is_a_warning_with_the_extra(monkeypatch):
-    """Given openai and not its instrumentor, the report says which extra brings it."""
-    present = {"openai": "3.54.0", "mistralai": "1.0", "boto3": "1.40"}
-    monkeypatch.setattr(capture, "installed", lambda name: present.get(name, ""))
-    found = {finding.text.split()[0]: finding for finding in capture.check_sdks(Situation(Settings(), {}))}
-    assert found["openai"].status == "warn"
-    assert found["openai"].advice == 'pip install "waxell-workers[openai]"'
-    assert found["boto3"].status == "info"
-    if "mistralai" not in SUPPORTED:
-        assert (found["mistralai"].status, "record_llm_call" in found["mistralai"].advice) == ("warn", True)
+@pytest.mark.parametrize("sdk", SDKS, ids=lambda sdk: sdk.name)
+def test_an_sdk_without_its_instrumentor_comes_with_the_command_that_installs_it(packages, sdk):
+    """Given an SDK alone, the report says what is missing and how to get it; of a framework, whose calls may
+    be heard beneath it, and of what many use for something else, for information."""
+    packages({sdk.distributions[0]: "7.1"})
+    (found,) = examined()
+    if sdk.instrumentor() is not None:
+        assert found.status == "ok"  # ours, and always there
+        return
+    assert found.status == ("info" if sdk.is_framework or sdk.is_common else "warn")
+    assert f"{sdk.instrumentors[0].distribution} is missing" in found.text
+    assert found.advice == sdk.install_command
 
 
-def test_an_sdk_that_is_not_among_those_to_capture_is_told(monkeypatch):
-    """Given `capture=()`, openai is installed, and on purpose not heard."""
-    monkeypatch.setattr(capture, "installed", lambda name: "3.54.0" if name == "openai" else "")
-    (found,) = capture.check_sdks(Situation(Settings(capture=()), {}))
-    assert (found.status, "not among" in found.text) == ("info", True)
+@pytest.mark.parametrize("sdk", [sdk for sdk in SDKS if sdk.extra], ids=lambda sdk: sdk.name)
+def test_the_command_brings_what_it_promises(sdk):
+    """The extra that is named exists, and brings the preferred instrumentor."""
+    names = ("openai", "anthropic")
+    assert sdk.name not in names or sdk.install_command == f'pip install "waxell-workers[{sdk.name}]"'
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brought = {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in extras[sdk.extra]}
+    preferred = sdk.instrumentors[0]
+    assert preferred.entry_point or preferred.distribution in brought
+
+
+CLAIM = ["openai<4,>=1.26.0; extra == 'instruments'", "tox; extra == 'test'"]
+GENAI = "opentelemetry-instrumentation-genai-openai"
+
+
+def test_a_version_that_the_instrumentor_does_not_take_is_a_warning(packages):
+    """Given an SDK older than what its instrumentor claims, the report has the claim and the command."""
+    packages({"openai": "0.28.1", GENAI: "1.3b0"}, opentelemetry_instrumentation_genai_openai=CLAIM)
+    (found,) = examined()
+    assert found.status == "warn"
+    assert found.text.startswith("openai 0.28.1: its calls may not be heard")
+    assert found.text.endswith(f"{GENAI} 1.3b0 is made for openai<4,>=1.26.0")
+    assert f'pip install --upgrade {GENAI}, or pip install "openai<4,>=1.26.0"' in found.advice
+
+
+def test_what_we_know_to_work_outweighs_the_claim(packages):
+    """Given google-genai 3, which its instrumentor does not claim and our table does, it is heard."""
+    instrumentor = "opentelemetry-instrumentation-google-genai"
+    claim = ["google-genai<3,>=1.32.0; extra == 'instruments'"]
+    packages(
+        {"google-genai": "3.6.1", instrumentor: "1.3b0"}, opentelemetry_instrumentation_google_genai=claim
+    )
+    assert [found.status for found in examined()] == ["ok"]
+
+
+def test_what_not_even_we_know_to_work_is_told(packages):
+    """Given a google-genai that is newer than what was tried, the report warns with our own limit."""
+    packages({"google-genai": "4.0", "opentelemetry-instrumentation-google-genai": "1.3b0"})
+    (found,) = examined()
+    assert (found.status, "google-genai >= 1.32.0, < 4" in found.text) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("present", "taken"),
+    [
+        ({"one": "1.0"}, True),
+        ({"two": "2.0", "one": "0.1"}, True),
+        ({"one": "0.1"}, True),  # two is absent, and what is absent is not wrong
+        ({"one": "0.1", "two": "0.1"}, False),
+    ],
+)
+def test_of_alternatives_one_suffices(packages, present, taken):
+    """An instrumentor that is made for one of several packages is content with any."""
+    either = ["one>=1; extra == 'instruments-any'", "two>=1; extra == 'instruments-any'"]
+    packages({**present, "hears": "1.0"}, hears=either)
+    assert claims.unmet(Instrumentor("hears", "hears")) == (() if taken else ("one>=1", "two>=1"))
+
+
+def test_an_sdk_that_is_not_among_those_to_capture_is_told(packages):
+    """Given `capture=()` or `("anthropic",)`, openai is installed, and on purpose not heard."""
+    packages({"openai": "3.54.0"})
+    for chosen in ((), ("anthropic",)):
+        (found,) = examined(chosen)
+        assert (found.status, "openai is not among" in found.text) == ("info", True)
+
+
+def test_a_name_that_capture_does_not_know_fails(place):
+    """Given a misspelt SDK in WAXELL_CAPTURE, the report fails and has the names that there are."""
+    report = place.report("--no-send", WAXELL_API_URL="http://127.0.0.1:9", WAXELL_CAPTURE="openai,antropic")
+    assert "known here: antropic → use some of anthropic, " in report.failures()["capture"]
+
+
+def test_what_nobody_can_hear_is_recorded_by_hand(packages):
+    """Given an SDK without any instrumentor, the report says how to record its calls, and where to read on;
+    one that may be there for something else is no warning."""
+    packages({"google-generativeai": "0.8", "huggingface-hub": "1.0", "dspy": "3.0"})
+    found = {finding.text.split()[0]: finding for finding in examined()}
+    assert found["google-generativeai"].status == "warn"
+    assert found["google-generativeai"].advice.endswith(capture.BY_HAND)
+    assert [found[name].status for name in ("huggingface-hub", "dspy")] == ["info", "info"]
+    page = capture.BY_HAND.rpartition("/blob/main/")[2]
+    assert (ROOT / page).is_file()
+
+
+def test_what_can_be_heard_is_not_listed_as_unheard():
+    """There is one table of what is heard; whoever adds an SDK to it takes it out of the others."""
+    known = {name for sdk in SDKS for name in sdk.distributions}
+    assert known & {*capture.UNHEARD, *capture.FRAMEWORKS} == set()
+
+
+def test_nothing_to_hear_is_told(packages):
+    """Given no SDK at all, the report says so."""
+    packages({})
+    assert [(found.status, found.text) for found in examined()] == [
+        ("info", "no LLM SDK that is known here is installed")
+    ]
 
 
 def test_other_tracers_are_told_with_a_sentence(monkeypatch):

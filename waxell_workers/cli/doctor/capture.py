@@ -1,52 +1,40 @@
-"""Which installed LLM SDKs are heard, and which other tracers stand beside us. Imports none of them."""
+"""Which installed LLM SDKs are heard, by whom, and what would have the others heard; other tracers beside us.
+
+What can be heard, and how, is said by `capture.sdks` alone; here are only the packages that nobody hears.
+Neither an SDK nor an instrumentor is imported.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib.metadata import metadata
-
-from ...capture import SUPPORTED
+from ...capture.sdks import SDKS, SUPPORTED, Instrumentor, Sdk
+from . import claims
 from .findings import Finding, Findings
 from .situation import Situation
 from .versions import installed
 
 SDKS_AREA = "capture"
 TRACERS_AREA = "other tracers"
-_BY_HAND = "record its calls with record_llm_call() until it is supported"
+BY_HAND = "record_llm_call(): https://github.com/waxell/waxell-workers/blob/main/docs/manual-calls.md"
 
+UNHEARD = {
+    "ai21": "",
+    "azure-ai-inference": "",
+    "cerebras-cloud-sdk": "",
+    "dashscope": "",
+    "fireworks-ai": "",
+    "google-cloud-aiplatform": "matters only if it calls models",
+    "google-generativeai": "",
+    "huggingface-hub": "matters only if it calls models",
+    "ibm-watsonx-ai": "",
+    "replicate": "",
+    "voyageai": "",
+    "xai-sdk": "",
+}
+"""SDKs that speak to a provider themselves and that no instrumentor of `capture.sdks` hears, with a word on
+those that are mostly there for something else."""
 
-@dataclass(frozen=True, slots=True)
-class Sdk:
-    """A package by which applications call models."""
-
-    distribution: str
-    module: str
-    """What applications import, and what `capture` calls it."""
-    through: str = ""
-    """Not empty for what calls other SDKs, as a rule: how its calls are heard."""
-
-
-SDKS = (
-    Sdk("openai", "openai"),
-    Sdk("anthropic", "anthropic"),
-    Sdk("google-genai", "google.genai"),
-    Sdk("google-generativeai", "google.generativeai"),
-    Sdk("google-cloud-aiplatform", "vertexai"),
-    Sdk("mistralai", "mistralai"),
-    Sdk("cohere", "cohere"),
-    Sdk("groq", "groq"),
-    Sdk("ollama", "ollama"),
-    Sdk("together", "together"),
-    Sdk("huggingface-hub", "huggingface_hub", "not heard; matters only if it calls models"),
-    Sdk("boto3", "boto3", "not heard; matters only if it calls Bedrock"),
-    Sdk("litellm", "litellm", "heard where it goes through the openai SDK, not where it speaks HTTP itself"),
-    Sdk("langchain-core", "langchain_core", "heard through the SDKs that it calls"),
-    Sdk("llama-index-core", "llama_index.core", "heard through the SDKs that it calls"),
-    Sdk("openai-agents", "agents", "heard through the openai SDK"),
-    Sdk("pydantic-ai-slim", "pydantic_ai", "heard through the SDKs that it calls"),
-    Sdk("dspy", "dspy", "calls models through litellm"),
-)
-"""Every SDK that the doctor knows. What `capture` supports is not written here but asked of it."""
+FRAMEWORKS = ("crewai", "dspy", "haystack-ai", "instructor", "pydantic-ai-slim")
+"""What calls models through SDKs and is not heard itself."""
 
 TRACERS = {
     "waxell-observe": "where it is initialised in the same process, it records the LLM calls and "
@@ -66,43 +54,95 @@ TRACERS = {
 
 
 def check_sdks(situation: Situation) -> Findings:
-    """Say of each installed SDK whether its calls are heard."""
-    found = [(sdk, number) for sdk in SDKS if (number := installed(sdk.distribution))]
-    if not found:
-        yield Finding(SDKS_AREA, "info", "no LLM SDK that is known here is installed")
-    for sdk, number in found:
-        yield _of_sdk(situation, sdk, number)
-
-
-def _of_sdk(situation: Situation, sdk: Sdk, number: str) -> Finding:
-    name = f"{sdk.distribution} {number}"
-    if sdk.module not in SUPPORTED:
-        if sdk.through:
-            return Finding(SDKS_AREA, "info", f"{name}: {sdk.through}")
-        return Finding(SDKS_AREA, "warn", f"{name}: its calls are not heard by this version", _BY_HAND)
+    """Say of each installed SDK whether its calls are heard, by whom, and what would change it."""
     chosen = situation.settings.capture
-    if chosen is not None and sdk.module not in chosen:
-        return Finding(SDKS_AREA, "info", f"{name}: not among the SDKs that capture names")
-    instrumentor = distribution_of(SUPPORTED[sdk.module][1])
-    its_version = installed(instrumentor)
-    if its_version:
-        return Finding(SDKS_AREA, "ok", f"{name}: heard, by {instrumentor} {its_version}")
+    unknown = [name for name in chosen or () if name not in SUPPORTED]
+    if unknown:
+        yield Finding(
+            SDKS_AREA,
+            "fail",
+            f"capture names what is no SDK that is known here: {', '.join(unknown)}",
+            f"use some of {', '.join(sorted(SUPPORTED))}",
+        )
+    supported = [(sdk, number) for sdk in SDKS if (number := _versions(sdk.distributions))]
+    for sdk, number in supported:
+        is_left_out = chosen is not None and sdk.name not in chosen
+        yield _left_out(sdk, number) if is_left_out else _heard(sdk, number)
+    others = [*_unheard()]
+    yield from others
+    if not supported and not others:
+        yield Finding(SDKS_AREA, "info", "no LLM SDK that is known here is installed")
+
+
+def _versions(distributions: tuple[str, ...]) -> str:
+    """Return what of these is installed, each with its version."""
+    return ", ".join(f"{name} {number}" for name in distributions if (number := installed(name)))
+
+
+def _left_out(sdk: Sdk, number: str) -> Finding:
     return Finding(
-        SDKS_AREA,
-        "warn",
-        f"{name}: its calls are not heard, {instrumentor} is missing",
-        f'pip install "waxell-workers[{_extra(sdk)}]"',
+        SDKS_AREA, "info", f"{number}: not heard, {sdk.name} is not among the SDKs that capture names"
     )
 
 
-def distribution_of(instrumentor: str) -> str:
-    """Return the distribution of an instrumentor's module: theirs are named alike."""
-    return instrumentor.replace(".", "-").replace("_", "-")
+def _heard(sdk: Sdk, number: str) -> Finding:
+    chosen = sdk.instrumentor()
+    if chosen is None:
+        return _without_instrumentor(sdk, number)
+    beside = sdk.beside if chosen is sdk.instrumentors[0] else ()
+    for one in (chosen, *beside):
+        if refused := claims.unmet(one):
+            return _refused(number, one, refused)
+    by = _named(chosen) or "an instrumentor of ours"
+    return Finding(SDKS_AREA, "ok", f"{number}: heard, by {by}")
 
 
-def _extra(sdk: Sdk) -> str:
-    extras = metadata("waxell-workers").get_all("Provides-Extra") or []
-    return next((name for name in (sdk.module, sdk.distribution) if name in extras), "all")
+def _without_instrumentor(sdk: Sdk, number: str) -> Finding:
+    missing = f"{sdk.instrumentors[0].distribution} is missing"
+    if sdk.is_framework:
+        text = f"{number}: heard through the SDKs that it calls, where those are heard; for more, {missing}"
+        return Finding(SDKS_AREA, "info", text, sdk.install_command)
+    if sdk.is_common:
+        text = f"{number}: not heard, {missing}; matters only if it calls models"
+        return Finding(SDKS_AREA, "info", text, sdk.install_command)
+    text = f"{number}: its calls are not heard, {missing}"
+    return Finding(SDKS_AREA, "warn", text, sdk.install_command)
+
+
+def _refused(number: str, instrumentor: Instrumentor, refused: tuple[str, ...]) -> Finding:
+    by = _named(instrumentor) or "our instrumentor"
+    newer = instrumentor.distribution or "waxell-workers"
+    made_for = " or ".join(refused)
+    return Finding(
+        SDKS_AREA,
+        "warn",
+        f"{number}: its calls may not be heard, {by} is made for {made_for}",
+        f'pip install --upgrade {newer}, or pip install "{refused[0]}"; until then, {BY_HAND}',
+    )
+
+
+def _named(instrumentor: Instrumentor) -> str:
+    """Return an instrumentor with its version; of one that is part of this package, nothing."""
+    name = instrumentor.distribution
+    return f"{name} {installed(name)}" if name else ""
+
+
+def _unheard() -> Findings:
+    known = {name for sdk in SDKS for name in sdk.distributions}
+    for distribution, remark in UNHEARD.items():
+        number = installed(distribution)
+        if not number or distribution in known:
+            continue
+        if remark:
+            yield Finding(SDKS_AREA, "info", f"{distribution} {number}: not heard; {remark}", BY_HAND)
+        else:
+            text = f"{distribution} {number}: nobody can hear its calls yet"
+            yield Finding(SDKS_AREA, "warn", text, f"record them by hand, with {BY_HAND}")
+    for distribution in FRAMEWORKS:
+        number = installed(distribution)
+        if number and distribution not in known:
+            text = f"{distribution} {number}: heard through the SDKs that it calls, where those are heard"
+            yield Finding(SDKS_AREA, "info", text)
 
 
 def check_tracers(situation: Situation) -> Findings:
