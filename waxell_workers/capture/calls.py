@@ -16,6 +16,17 @@ from . import semconv
 
 Sink = Callable[..., None]
 
+BUGS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What a defect of an instrumentor raises. No interrupt of a task framework is among them."""
+
+
+def _no_step() -> tuple[str, int]:
+    return "", 0
+
+
+def _ignore(**fields: Any) -> None:
+    pass
+
 
 @dataclass(frozen=True, slots=True)
 class Listener:
@@ -27,6 +38,10 @@ class Listener:
     """Returns the id of the run that is current in the calling context, or an empty string."""
     wants_content: Callable[[], bool]
     """Returns whether prompts, responses and the full text of errors are to be told there."""
+    begin_step: Callable[[], tuple[str, int]] = _no_step
+    """Returns the id of the run in which a step begins there, and its position; an empty string for none."""
+    step_sink: Sink = _ignore
+    """Called once per finished step with the fields of `Step`, except `proc`; texts are whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +62,42 @@ def call_fields(attributes: Mapping[str, Any]) -> dict[str, Any]:
         Tokens that the provider did not send are None.
     """
     get = attributes.get
-    finish_reason = (get(semconv.FINISH_REASONS) or ("",))[0] or ""
     first_chunk_s = get(semconv.TIME_TO_FIRST_CHUNK_S)
-    response_model = get(semconv.RESPONSE_MODEL) or ""
-    provider = get(semconv.PROVIDER) or ""
+    response_model = _name(get(semconv.RESPONSE_MODEL))
+    provider = _name(get(semconv.PROVIDER))
     written, written_before = semconv.CACHE_WRITTEN_TOKENS
     return {
-        "model": str(get(semconv.REQUEST_MODEL) or response_model or "unknown"),
+        "model": _name(get(semconv.REQUEST_MODEL)) or response_model or "unknown",
         "response_model": response_model,
         "provider": semconv.PROVIDERS.get(provider, provider),
-        "operation": get(semconv.OPERATION) or "chat",
-        "tokens_in": get(semconv.INPUT_TOKENS),
-        "tokens_out": get(semconv.OUTPUT_TOKENS),
-        "tokens_cached": get(semconv.CACHED_TOKENS),
-        "tokens_cache_written": get(written, get(written_before)),
-        "tokens_reasoning": get(semconv.REASONING_TOKENS),
-        "streamed": bool(get(semconv.REQUEST_STREAM)),
-        "ttft_ms": None if first_chunk_s is None else first_chunk_s * 1000,
-        "response_id": get(semconv.RESPONSE_ID) or "",
-        # What openai's 1.3b0 makes of none, where a stream was left; no provider calls anything so.
-        "finish_reason": "" if finish_reason == "error" else finish_reason,
+        "operation": _name(get(semconv.OPERATION)) or "chat",
+        "tokens_in": _count(get(semconv.INPUT_TOKENS)),
+        "tokens_out": _count(get(semconv.OUTPUT_TOKENS)),
+        "tokens_cached": _count(get(semconv.CACHED_TOKENS)),
+        "tokens_cache_written": _count(get(written, get(written_before))),
+        "tokens_reasoning": _count(get(semconv.REASONING_TOKENS)),
+        "streamed": get(semconv.REQUEST_STREAM) is True,
+        "ttft_ms": first_chunk_s * 1000 if isinstance(first_chunk_s, float) else None,
+        "response_id": _name(get(semconv.RESPONSE_ID)),
+        "finish_reason": _finish_reason(get(semconv.FINISH_REASONS)),
     }
+
+
+# What an instrumentor hands on of an odd answer may be of any type, and must not fail a call.
+
+
+def _name(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _finish_reason(reasons: object) -> str:
+    first = _name(reasons[0]) if isinstance(reasons, (list, tuple)) and reasons else ""
+    # What openai's 1.3b0 makes of none, where a stream was left; no provider calls anything so.
+    return "" if first == "error" else first
 
 
 def short_error_type(name: str) -> str:

@@ -27,6 +27,7 @@ from opentelemetry.context import Context, attach, get_current
 from wrapt import ObjectProxy
 
 from . import semconv
+from .calls import BUGS
 from .tracer import OPENED
 
 _logger = logging.getLogger("waxell_workers.capture")
@@ -37,9 +38,6 @@ it (`parse()` calls `create()` in some versions) belongs to it."""
 
 _WRAPPED_STREAM = "_self_is_response_stream_wrapper"
 """By this mark of 1.3b0, a wrapped stream manager takes a stream for its own and leaves its call open."""
-
-BUGS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
-"""What a defect of an instrumentor raises. No interrupt of a task framework is among them."""
 
 Wrapper = Callable[..., Any]
 
@@ -110,6 +108,8 @@ class Passage:
     """Not empty where the SDK's methods call each other: a call in a call of the same mark belongs to it."""
     kept: tuple[str, ...] = ()
     """Arguments that the instrumentor changes: it gets a copy, and the SDK what the caller gave."""
+    has_managers: bool = False
+    """True if a method named `stream` returns a manager, and makes its call when that is entered."""
 
 
 class _Call:
@@ -197,7 +197,7 @@ def gate(wrapper: Wrapper, passage: Passage) -> Wrapper:
     ) -> Any:
         if _is_inside(passage.mark) or not passage.is_open():
             return wrapped(*args, **kwargs)
-        if wrapped.__name__ == "stream":
+        if passage.has_managers and wrapped.__name__ == "stream":
             return _manager_gate(wrapper, wrapped, instance, args, kwargs, passage.mark)
         call = _Call(passage, wrapped, kwargs)
         try:

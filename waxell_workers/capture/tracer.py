@@ -7,6 +7,7 @@ exported, sampled or propagated. Import this only once an SDK has been imported:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ from opentelemetry.trace.status import Status, StatusCode
 from ..core.content import error_type
 from ..core.ids import new_id
 from . import nesting, semconv
-from .calls import Listener, call_fields, content_fields, error_text, short_error_type
+from .calls import BUGS, Listener, call_fields, content_fields, error_text, short_error_type
+from .platform import platform_sdk_is_active
+
+_logger = logging.getLogger("waxell_workers.capture")
 
 OPENED = "waxell_workers.capture.opened"
 """Where in the OpenTelemetry context a list may stand that wants each span which is opened there."""
@@ -134,18 +138,23 @@ class CallSpan(trace.Span, nesting.Layer):
         fields["at"] = self._at
         fields["duration_ms"] = self._duration_ms(end_time_ns)
         fields["status"] = "ok"
+        if self._error is not None:
+            self._tell_error(fields, self._error)
+        if fields["streamed"] and fields["status"] == "ok" and not fields["finish_reason"]:
+            # Closed or dropped before the model was done: nobody's error, but no whole answer either.
+            fields["metadata"] = {"stream": "left early"}
+        fields.update(self._content())
+        listener.sink(**fields)
+        self.is_told = True
+        self._listener = None
+        self.content = ((), ())
+
+    def _content(self) -> dict[str, Any]:
         try:
-            if self._error is not None:
-                self._tell_error(fields, self._error)
-            if fields["streamed"] and fields["status"] == "ok" and not fields["finish_reason"]:
-                # Closed or dropped before the model was done: nobody's error, but no whole answer either.
-                fields["metadata"] = {"stream": "left early"}
-            fields.update(content_fields(*self.content, self._wants_content))
-        finally:
-            listener.sink(**fields)
-            self.is_told = True
-            self._listener = None
-            self.content = ((), ())
+            return content_fields(*self.content, self._wants_content)
+        except BUGS as error:  # a stream may end outside any gate
+            _logger.warning("a call was recorded without its content", exc_info=error)
+            return {}
 
     def _duration_ms(self, end_time_ns: int | None) -> float:
         if end_time_ns is not None and self._start_time_ns is not None:
@@ -164,7 +173,7 @@ class CallSpan(trace.Span, nesting.Layer):
 class ListeningTracer(trace.Tracer):
     """Opens `CallSpan`s for the listener that is set at that moment."""
 
-    span_class = CallSpan
+    span_class: type[CallSpan] = CallSpan
     is_framework = False
     """True for an instrumentor whose calls are, as a rule, made through an SDK that is heard as well."""
 
@@ -184,7 +193,7 @@ class ListeningTracer(trace.Tracer):
     ) -> CallSpan:
         """Open a span that carries the span context of `context`, or of the current one."""
         span = self.span_class(
-            self.listener,
+            None if platform_sdk_is_active() else self.listener,
             trace.get_current_span(context),
             attributes,
             is_framework=self.is_framework,
