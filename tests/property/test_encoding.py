@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import json
 import math
 import random
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from waxell_workers.core.encoding import MAX_LINE, decode, encode
 from waxell_workers.core.records import LLMCall, RunStarted, Step
+from waxell_workers.core.redaction import REDACTION_FAILED, redacted
 
 
 class Mute:
@@ -150,6 +152,24 @@ def test_anything_becomes_a_line_and_can_be_read_again(value: Any, chance: rando
     class of the user's is asked anything."""
     for output in (value, lazily(value, chance)):
         record = once(step(output))
+        assert (record.id, record.run_id, record.name) == ("i", "r", "n")
+
+
+@given(_values, st.randoms(use_true_random=False))
+def test_anything_is_plain_data_to_a_redactor(value: Any, chance: random.Random) -> None:
+    """It is what JSON can say, no class of the user's is asked anything, and what it returns is written."""
+    seen: list[dict[str, Any]] = []
+
+    def note(record: dict[str, Any]) -> dict[str, Any]:
+        seen.append(record)
+        return record | {"name": "redacted"}
+
+    for output in (value, lazily(value, chance)):
+        record = once(redacted(note, step(output)))
+        assert (record.id, record.run_id, record.name) == ("i", "r", "redacted")
+        text = json.dumps(seen[-1])
+        assert json.loads(text) == seen[-1] or "NaN" in text
+        record = once(redacted(lambda values, output=output: values | {"output": output}, step(None)))
         assert (record.id, record.run_id, record.name) == ("i", "r", "n")
 
 

@@ -215,7 +215,7 @@ def to_values(record: Record) -> tuple[dict[str, Any], bool]:
     if _left(values.values(), MAX_LINE, 0, bytes_as_text=False) >= 0:  # in which nobody would find a secret
         try:
             return msgspec.json.decode(_encode(values)), False
-        except _UNSAYABLE:
+        except (*_UNSAYABLE, msgspec.DecodeError):
             pass
     found = {name: _plain(value) for name, value in values.items()}
     return {name: value for name, (value, _) in found.items()}, any(was_cut for _, was_cut in found.values())
