@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from waxell_workers.core.encoding import MAX_LINE, decode, encode
 from waxell_workers.core.records import LLMCall, RunStarted, Step
-from waxell_workers.core.redaction import REDACTION_FAILED, redacted
+from waxell_workers.core.redaction import redacted
 
 
 class Mute:
