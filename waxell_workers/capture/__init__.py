@@ -12,6 +12,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..core.content import is_interrupt
@@ -24,8 +25,6 @@ from .sdks import SUPPORTED, Sdk
 __all__ = ["SUPPORTED", "install", "uninstall"]
 
 _logger = logging.getLogger("waxell_workers.capture")
-_LAYERS = f"{__name__}.layers"
-
 _listener: Listener | None = None
 _said: set[str] = set()
 
@@ -36,6 +35,8 @@ def install(
     names: tuple[str, ...] | None,
     current_run: Callable[[], str],
     wants_content: Callable[[], bool],
+    begin_step: Callable[[], tuple[str, int]] | None = None,
+    step_sink: Sink | None = None,
 ) -> None:
     """Start to hear calls. A second installation replaces the first.
 
@@ -48,6 +49,9 @@ def install(
             Called when a call starts; it must neither block nor raise.
         wants_content: returns whether prompts, responses, tools' arguments and the full text of errors are to
             be told of a call that starts there; likewise.
+        begin_step: returns the id of the run in which a step that an agents framework tells of begins there,
+            and its position; an empty string for none. Likewise; without it no step is told.
+        step_sink: called once per finished step, with `Step`'s fields except `proc`, as `sink` is.
 
     Raises:
         ConfigError: a name that is not supported.
@@ -59,6 +63,8 @@ def install(
             raise ConfigError("capture", name, f"expected some of {', '.join(sorted(SUPPORTED))}")
     uninstall()
     _listener = Listener(sink, current_run, wants_content)
+    if begin_step is not None and step_sink is not None:
+        _listener = replace(_listener, begin_step=begin_step, step_sink=step_sink)
     for name in chosen:
         sdk = SUPPORTED[name]
         for instrumentor in sdk.instrumentors:
@@ -70,18 +76,18 @@ def uninstall() -> None:
     """Hear no more calls; those that are under way are still told when they end."""
     global _listener
     _listener = None
-    layers = _loaded_layers()
     for sdk in SUPPORTED.values():
         forget(sdk.module)
         for instrumentor in sdk.instrumentors:
             forget(instrumentor.module)
-        if layers is not None:
-            layers.release(sdk)
+        hears = _loaded(sdk.heard_by)
+        if hears is not None:
+            hears.release(sdk)
 
 
-def _loaded_layers() -> Any:
-    module = sys.modules.get(_LAYERS)
-    return None if module is None or is_being_imported(_LAYERS) else module
+def _loaded(name: str) -> Any:
+    module = sys.modules.get(name)
+    return None if module is None or is_being_imported(name) else module
 
 
 def _after_sdk(sdk: Sdk) -> None:
@@ -108,11 +114,13 @@ def _instrument(sdk: Sdk) -> None:
         return
     _under_way.add(sdk.name)
     try:
-        heard = importlib.import_module(_LAYERS).listen(sdk, listener)
+        heard = importlib.import_module(sdk.heard_by).listen(sdk, listener)
     except Exception as error:  # the instrumentor's code, and the SDK's: anything may come
         if is_interrupt(error):
             raise
         if _is_missing(sdk, error):
+            if sdk.is_common:
+                return
             _say(sdk, "its instrumentor is missing; %s", sdk.install_command)
         else:
             _say(sdk, "it does not suit its instrumentor (%s: %s)", type(error).__name__, error)

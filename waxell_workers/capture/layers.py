@@ -22,6 +22,7 @@ from wrapt import FunctionWrapper
 
 from .calls import Listener, Message
 from .gates import Passage, gate
+from .openinference import OpenInferenceSpan
 from .platform import platform_sdk_is_active
 from .sdks import Instrumentor, Sdk
 from .tracer import CallSpan, ListeningTracer, ListeningTracerProvider
@@ -97,7 +98,7 @@ class Layer:
         plain function it leaves alone.
         """
         mark = self._sdk.name if self._sdk.calls_itself else ""
-        passage = Passage(self._is_open, mark, self._sdk.kept)
+        passage = Passage(self._is_open, mark, self._sdk.kept, self._sdk.has_managers)
         return _plain(proxy.__wrapped__, gate(proxy._self_wrapper, passage))
 
     def _is_open(self) -> bool:
@@ -107,6 +108,8 @@ class Layer:
 def _own_class(instrumentor: Instrumentor) -> type[Any]:
     """Return an instrumentor's class once more, with a state of its own."""
     base = instrumentor.load()
+    # litellm's keeps what it has replaced in its class.
+    state = {name: type(value)() for name, value in vars(base).items() if type(value) is dict}
 
     class Ours(base):  # type: ignore[misc,valid-type]  # found at run time
         _instance = None
@@ -118,21 +121,26 @@ def _own_class(instrumentor: Instrumentor) -> type[Any]:
         def instrumentation_dependencies(self) -> Any:
             return instrumentor.requires or super().instrumentation_dependencies()
 
+    for name, empty in state.items():
+        setattr(Ours, name, empty)
     return Ours
 
 
+_EMIT_EVENT = "OTEL_INSTRUMENTATION_GENAI_EMIT_EVENT"
+"""google-genai's instrumentor (1.3b0) sets it, and so switches on the events of a user's instrumentors."""
+
+
 class _SameEnvironment:
-    """Takes back what an instrumentor changes in the environment (google-genai 1.3b0 switches on events)."""
+    """Takes back what an instrumentor changes in the environment."""
 
     def __enter__(self) -> None:
-        self._before = dict(os.environ)
+        self._before = os.environ.get(_EMIT_EVENT)
 
     def __exit__(self, *exc_info: object) -> None:
-        for name in [name for name in os.environ if name not in self._before]:
-            del os.environ[name]
-        for name, value in self._before.items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value
+        if self._before is None:
+            os.environ.pop(_EMIT_EVENT, None)
+        else:
+            os.environ[_EMIT_EVENT] = self._before
 
 
 def _members(places: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
@@ -217,10 +225,17 @@ def listen(sdk: Sdk, listener: Listener) -> Instrumentor | None:
 
 
 def _start(sdk: Sdk, chosen: Instrumentor) -> list[Layer]:
+    beside = sdk.beside if chosen is sdk.instrumentors[0] else ()
+    layers = [Layer(sdk, one, _tracer(sdk, one)) for one in (chosen, *beside)]
+    return layers if all(layer.start() for layer in layers) else []
+
+
+def _tracer(sdk: Sdk, instrumentor: Instrumentor) -> ListeningTracer:
     tracer = ListeningTracer()
     tracer.is_framework = sdk.is_framework
-    layers = [Layer(sdk, one, tracer) for one in (chosen, *sdk.beside)]
-    return layers if all(layer.start() for layer in layers) else []
+    if instrumentor.is_openinference:
+        tracer.span_class = OpenInferenceSpan
+    return tracer
 
 
 def release(sdk: Sdk) -> None:

@@ -52,6 +52,11 @@ def enclosing(current: object) -> Layer | None:
     return around
 
 
+def innermost() -> Layer | None:
+    """Return what was entered last here, open or not."""
+    return _around.get()
+
+
 def enter(layer: Layer) -> None:
     """Make a framework's span the one around all that starts here, until `leave`."""
     _around.set(layer)

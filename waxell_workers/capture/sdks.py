@@ -20,16 +20,19 @@ class Instrumentor:
     """A package that instruments one SDK."""
 
     distribution: str
+    """Empty if it needs nothing but the SDK."""
     module: str
     """Importing this imports the SDK."""
     requires: tuple[str, ...] = ()
     """Versions of the SDK that are known to work, by tests, where the package itself claims fewer."""
     entry_point: str = ""
     """`module:class`, where it has no entry point: it is ours."""
+    is_openinference: bool = False
+    """True if its spans are described by OpenInference's attributes."""
 
     def is_installed(self) -> bool:
         """True if it can be imported, as far as one can tell without doing it."""
-        return bool(self.entry_point) or self._distribution() is not None
+        return not self.distribution or self._distribution() is not None
 
     def load(self) -> type[Any]:
         """Import it, and return its class.
@@ -78,6 +81,12 @@ class Sdk:
     """True if a method of the SDK that makes a call may be made of others that make it."""
     kept: tuple[str, ...] = ()
     """Arguments that the instrumentor would change."""
+    heard_by: str = "waxell_workers.capture.layers"
+    """The module of ours whose `listen` and `release` see to it."""
+    has_managers: bool = False
+    """True if a method named `stream` returns a manager, and makes its call when that is entered."""
+    is_common: bool = False
+    """True if it is imported by many who call no model: that its instrumentor is missing is not said."""
 
     @property
     def install_command(self) -> str:
@@ -97,9 +106,12 @@ def _genai(name: str, requires: tuple[str, ...] = ()) -> Instrumentor:
     )
 
 
-def _openinference(name: str) -> Instrumentor:
+def _openinference(name: str, entry_point: str = "") -> Instrumentor:
     return Instrumentor(
-        f"openinference-instrumentation-{name}", f"openinference.instrumentation.{name.replace('-', '_')}"
+        f"openinference-instrumentation-{name}",
+        f"openinference.instrumentation.{name.replace('-', '_')}",
+        entry_point=entry_point,
+        is_openinference=True,
     )
 
 
@@ -114,18 +126,20 @@ SDKS = (
         "openai",
         "openai",
         ("openai",),
-        (_genai("openai"),),
+        (_genai("openai"), _openinference("openai")),
         ("openai.resources.",),
         beside=(_COMPLETIONS,),
         extra="openai",
+        has_managers=True,
     ),
     Sdk(
         "anthropic",
         "anthropic",
         ("anthropic",),
-        (_genai("anthropic"),),
+        (_genai("anthropic"), _openinference("anthropic")),
         ("anthropic.resources.", "anthropic._response"),
         extra="anthropic",
+        has_managers=True,
     ),
     Sdk(
         "google-genai",
@@ -137,11 +151,77 @@ SDKS = (
                 "opentelemetry.instrumentation.google_genai",
                 ("google-genai >= 1.32.0, < 4",),
             ),
+            _openinference("google-genai"),
         ),
-        ("google.genai.models", "google.genai.interactions", "google.genai._interactions"),
+        ("google.genai.models", "google.genai._interactions", "google.genai._gaos.interactions"),
         extra="google-genai",
         calls_itself=False,  # but its tools do, and theirs are calls of their own
         kept=("config",),
+    ),
+    Sdk(
+        "bedrock",
+        "botocore.client",
+        ("boto3", "botocore", "aiobotocore"),
+        (_genai("bedrock"), _openinference("bedrock")),
+        ("botocore.client", "aiobotocore.client"),
+        is_common=True,
+    ),
+    Sdk(
+        "mistralai",
+        "mistralai.client",
+        ("mistralai",),
+        (_openinference("mistralai"),),
+        ("mistralai.client.chat", "mistralai.client.agents"),
+    ),
+    Sdk("groq", "groq", ("groq",), (_openinference("groq"),), ("groq.resources.chat.completions",)),
+    Sdk("ollama", "ollama", ("ollama",), (_openinference("ollama"),), ("ollama._client",)),
+    Sdk("cohere", "cohere", ("cohere",), (_openinference("cohere"),), ("cohere.v2.client",)),
+    Sdk(
+        "together",
+        "together",
+        ("together",),
+        (_openinference("together"),),
+        ("together.resources.chat.completions",),
+    ),
+    Sdk(
+        "openai-agents",
+        "agents",
+        ("openai-agents",),
+        (
+            Instrumentor(
+                "",
+                "waxell_workers.capture.agents",
+                ("openai-agents >= 0.2",),
+                entry_point="waxell_workers.capture.agents:Processor",
+            ),
+        ),
+        is_framework=True,
+        heard_by="waxell_workers.capture.agents",
+    ),
+    Sdk("litellm", "litellm", ("litellm",), (_openinference("litellm"),), is_framework=True),
+    # The official instrumentor hears ChatOpenAI and ChatBedrock alone, whose SDKs are heard themselves.
+    # OpenInference's is silent where the user's is switched on, or silences that: ours uses what it knows.
+    Sdk(
+        "langchain",
+        "langchain_core.language_models.base",
+        ("langchain-core",),
+        (_openinference("langchain", "waxell_workers.capture.langchain:LangchainInstrumentor"),),
+        is_framework=True,
+    ),
+    # The official instrumentor hears agents and tools, no models. OpenInference's is silent beside the user's
+    # likewise, makes its spans current in an order that cannot be undone with two of them, and has a thread.
+    Sdk(
+        "llama-index",
+        "llama_index.core",
+        ("llama-index-core",),
+        (
+            Instrumentor(
+                "",
+                "waxell_workers.capture.llama_index",
+                entry_point="waxell_workers.capture.llama_index:LlamaIndexInstrumentor",
+            ),
+        ),
+        is_framework=True,
     ),
 )
 

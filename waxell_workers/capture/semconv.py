@@ -30,7 +30,19 @@ ERROR_TYPE = "error.type"
 INFERENCES = frozenset({"chat", "embeddings", "generate_content", "text_completion"})
 """The operations in which a model works; `fetch_response`, say, only reads what an earlier one made."""
 
-PROVIDERS = {"gemini": "gcp.gemini", "vertex_ai": "gcp.vertex_ai", "mistralai": "mistral_ai", "xai": "x_ai"}
+PROVIDERS = {
+    "aws": "aws.bedrock",
+    "azure": "azure.ai.openai",
+    "bedrock": "aws.bedrock",
+    "gemini": "gcp.gemini",
+    "google": "gcp.gemini",
+    "mistral": "mistral_ai",
+    "mistralai": "mistral_ai",
+    "moonshot": "moonshot_ai",
+    "vertex_ai": "gcp.vertex_ai",
+    "vertexai": "gcp.vertex_ai",
+    "xai": "x_ai",
+}
 """Provider names of instrumentors, where they are not those of the conventions."""
 
 OPEN_CALL_PREFIX = "opentelemetry.genai.client."
@@ -42,3 +54,24 @@ ABANDONED_STREAM = ("_OTHER", "abandoned stream")
 
 OI_KIND = "openinference.span.kind"
 """`LLM`, `EMBEDDING`, `CHAIN`, `AGENT`, `TOOL`, …"""
+
+OI_PROVIDER = "llm.provider"
+OI_SYSTEM = "llm.system"
+OI_MODEL = "llm.model_name"
+"""The model that was asked for, and later the one that answered, in one place."""
+OI_REQUEST_MODEL = "llm.request.model_name"
+OI_RESPONSE_MODEL = "llm.response.model_name"
+OI_EMBEDDING_MODEL = "embedding.model_name"
+OI_PARAMETERS = "llm.invocation_parameters"
+"""The arguments of the call, without messages and tools, as JSON."""
+OI_EMBEDDING_PARAMETERS = "embedding.invocation_parameters"
+OI_INPUT_MESSAGES = "llm.input_messages"
+OI_OUTPUT_MESSAGES = "llm.output_messages"
+OI_FINISH_REASON = "llm.finish_reason"
+OI_PROMPT_TOKENS = "llm.token_count.prompt"
+OI_COMPLETION_TOKENS = "llm.token_count.completion"
+OI_CACHE_READ_TOKENS = "llm.token_count.prompt_details.cache_read"
+OI_CACHE_WRITE_TOKENS = "llm.token_count.prompt_details.cache_write"
+OI_REASONING_TOKENS = "llm.token_count.completion_details.reasoning"
+OI_FIRST_TOKEN = "First Token Stream Event"
+"""The name of an event."""
