@@ -10,7 +10,7 @@ from . import capture as capturing
 from .core.collector import Collector, Stats, configure, current, when_configured
 from .core.config import resolve
 from .core.flush import FlushResult
-from .core.runs import current_run_id, record_reported_call, wants_content
+from .core.runs import begin_step, current_run_id, record_reported_call, wants_content
 from .core.values import Redactor
 from .drain import Drain
 
@@ -151,6 +151,8 @@ def _listen(collector: Collector) -> None:
         names=settings.capture,
         current_run=current_run_id,
         wants_content=wants_content,
+        begin_step=begin_step,
+        step_sink=collector.record_step,
     )
 
 

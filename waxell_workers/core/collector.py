@@ -26,7 +26,7 @@ from .errors import ConfigError
 from .flush import FlushResult, request_flush
 from .ids import new_id
 from .journal import Journal
-from .limits import limit_call, oldest_kept
+from .limits import limit_call, limit_step, oldest_kept
 from .liveness import ship_lock
 from .others import OtherTracers
 from .records import LLMCall, Record, RunEnded, RunStarted, RunUpdated, Step, TaskLost
@@ -197,6 +197,15 @@ class Collector:
         fields.setdefault("at", time.time())
         call = LLMCall(proc=self.token(), **fields)
         self.write(call, lambda redacted: limit_call(redacted, settings.content_limit, left_out))
+
+    def record_step(self, **fields: Any) -> None:
+        """Write a `Step` that was captured, redacted, and then cut.
+
+        Args:
+            fields: those of `Step` except `proc`, whole.
+        """
+        step = Step(proc=self.token(), **fields)
+        self.write(step, lambda redacted: limit_step(redacted, self.settings.content_limit))
 
     def excluded(self, name: str) -> bool:
         """True if a task or agent of this name is not to be recorded."""

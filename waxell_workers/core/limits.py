@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from .encoding import MAX_LINE, cut_text, reduce
-from .records import LLMCall, Record, RunEnded
+from .encoding import MAX_LINE, cut_text, reduce, with_texts
+from .records import LLMCall, Record, RunEnded, Step
 
 _CALL_ERROR_CHARACTERS = 500
 _ARGUMENTS_CHARACTERS = 2_000
@@ -44,6 +44,20 @@ def limit_call(call: Record, characters: int, left_out: int = 0) -> Record:
         messages=messages,
         tool_calls=[_with_arguments_cut(asked) for asked in call.tool_calls],
         error_message=_cut(call.error_message, _CALL_ERROR_CHARACTERS),
+    )
+
+
+def limit_step(step: Record, characters: int) -> Record:
+    """Return a captured step with each text of its output cut.
+
+    Args:
+        step: a redacted `Step`; any other record is returned as it is.
+        characters: how many are kept of a text.
+    """
+    if type(step) is not Step:
+        return step
+    return msgspec.structs.replace(
+        step, output=with_texts(step.output, lambda text: cut_text(text, characters))
     )
 
 

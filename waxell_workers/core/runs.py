@@ -208,7 +208,7 @@ class Run:
             self._unwritten = None
         if error is not None:
             error_type, error_message, traceback = self.describe(error).values()
-        is_limited = error_message and not self.wants_content
+        is_limited = bool(error_message) and not self.wants_content
         collector.write(
             RunEnded(
                 id=f"{self.run_id}-end",
@@ -326,8 +326,13 @@ class Run:
         collector = self._collector
         if collector is None:
             return
+        _, position = self.begin_step()
+        collector.record(Step, run_id=self.run_id, name=name, output=output, position=position)
+
+    def begin_step(self) -> tuple[str, int]:
+        """Return this run's id, and the position among its steps of one that begins now."""
         self._steps += 1
-        collector.record(Step, run_id=self.run_id, name=name, output=output, position=self._steps)
+        return self.run_id, self._steps
 
     def set_tag(self, key: str, value: Any) -> None:
         """Set a tag of this run; written at once, so that a killed run has it."""
@@ -420,6 +425,12 @@ def record_reported_call(
             **fields,
         )
     )
+
+
+def begin_step() -> tuple[str, int]:
+    """Return the id of the run in which a step begins here, and its position; empty where none is kept."""
+    run = _current.get()
+    return ("", 0) if run is None or run.is_muted else run.begin_step()
 
 
 def current_run_id() -> str:
