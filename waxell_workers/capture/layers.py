@@ -234,7 +234,8 @@ def _tracer(sdk: Sdk, instrumentor: Instrumentor) -> ListeningTracer:
     tracer = ListeningTracer()
     tracer.is_framework = sdk.is_framework
     if instrumentor.is_openinference:
-        tracer.span_class = OpenInferenceSpan
+        facts = {"provider": sdk.provider, "follows_streams": sdk.follows_streams}
+        tracer.span_class = type(OpenInferenceSpan.__name__, (OpenInferenceSpan,), facts)
     return tracer
 
 

@@ -42,6 +42,8 @@ class Part:
 class OpenInferenceSpan(CallSpan):
     """A span that OpenInference's attributes are put on."""
 
+    provider = ""
+    """Who answers, where the instrumentor does not say it."""
     _asked_model = ""
     _first_chunk_s: float | None = None
 
@@ -68,7 +70,7 @@ class OpenInferenceSpan(CallSpan):
         asked = told.get(semconv.OI_REQUEST_MODEL) or _model_in(parameters) or self._asked_model or model
         found: dict[str, Any] = {
             semconv.OPERATION: _OPERATIONS.get(str(told.get(semconv.OI_KIND)).upper()),
-            semconv.PROVIDER: _provider(told),
+            semconv.PROVIDER: _provider(told) or self.provider,
             semconv.REQUEST_MODEL: asked,
             semconv.REQUEST_STREAM: self._first_chunk_s is not None or bool(parameters.get("stream")),
             semconv.TIME_TO_FIRST_CHUNK_S: self._first_chunk_s,

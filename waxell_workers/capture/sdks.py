@@ -85,6 +85,10 @@ class Sdk:
     """The module of ours whose `listen` and `release` see to it."""
     has_managers: bool = False
     """True if a method named `stream` returns a manager, and makes its call when that is entered."""
+    provider: str = ""
+    """Who answers, by OpenTelemetry's conventions, where the instrumentor does not always say it."""
+    follows_streams: bool = True
+    """False if the instrumentor lets go of a call where its stream begins, so that its tokens are not heard."""
     is_common: bool = False
     """True if it is imported by many who call no model: that its instrumentor is missing is not said."""
 
@@ -172,16 +176,28 @@ SDKS = (
         ("mistralai",),
         (_openinference("mistralai"),),
         ("mistralai.client.chat", "mistralai.client.agents"),
+        provider="mistral_ai",
     ),
-    Sdk("groq", "groq", ("groq",), (_openinference("groq"),), ("groq.resources.chat.completions",)),
-    Sdk("ollama", "ollama", ("ollama",), (_openinference("ollama"),), ("ollama._client",)),
-    Sdk("cohere", "cohere", ("cohere",), (_openinference("cohere"),), ("cohere.v2.client",)),
+    Sdk(
+        "groq",
+        "groq",
+        ("groq",),
+        (_openinference("groq"),),
+        ("groq.resources.chat.completions",),
+        provider="groq",
+        follows_streams=False,
+    ),
+    Sdk("ollama", "ollama", ("ollama",), (_openinference("ollama"),), ("ollama._client",), provider="ollama"),
+    Sdk(
+        "cohere", "cohere", ("cohere",), (_openinference("cohere"),), ("cohere.v2.client",), provider="cohere"
+    ),
     Sdk(
         "together",
         "together",
         ("together",),
         (_openinference("together"),),
         ("together.resources.chat.completions",),
+        provider="together",
     ),
     Sdk(
         "openai-agents",

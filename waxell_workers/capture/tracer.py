@@ -33,6 +33,9 @@ OPENED = "waxell_workers.capture.opened"
 class CallSpan(trace.Span, nesting.Layer):
     """Collects what is told about one call; told to the listener at its end, once."""
 
+    follows_streams = True
+    """False if it ends where a stream begins."""
+
     def __init__(
         self,
         listener: Listener | None,
@@ -140,7 +143,7 @@ class CallSpan(trace.Span, nesting.Layer):
         fields["status"] = "ok"
         if self._error is not None:
             self._tell_error(fields, self._error)
-        if fields["streamed"] and fields["status"] == "ok" and not fields["finish_reason"]:
+        if self.follows_streams and _is_left(fields):
             # Closed or dropped before the model was done: nobody's error, but no whole answer either.
             fields["metadata"] = {"stream": "left early"}
         fields.update(self._content())
@@ -168,6 +171,10 @@ class CallSpan(trace.Span, nesting.Layer):
         fields["status"] = "error"
         fields["error_type"] = short_error_type(kind)
         fields["error_message"] = error_text(message, self._wants_content)
+
+
+def _is_left(fields: Mapping[str, Any]) -> bool:
+    return bool(fields["streamed"] and fields["status"] == "ok" and not fields["finish_reason"])
 
 
 class ListeningTracer(trace.Tracer):
