@@ -10,7 +10,7 @@ BENCHMARK_INSTALLED := $(VENV)/.installed-benchmark
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick torture lint format docs bench losses clean
+.PHONY: help demo test quick torture lint format docs bench bench-capture losses clean
 
 help:
 	@echo 'make demo [ARGS="--once --json"]   a real worker, tasks that die, and the page that shows them'
@@ -21,6 +21,7 @@ help:
 	@echo 'make format                        let ruff rewrite the sources'
 	@echo 'make docs                          write the generated parts of docs/ anew'
 	@echo 'make bench                         what recording costs, beside two other tracers'
+	@echo 'make bench-capture                 what hearing a call costs, beside the bare SDK and OpenTelemetry'
 	@echo 'make losses                        what three tracers deliver when workers end'
 	@echo 'make clean                         remove .venv and caches'
 
@@ -55,10 +56,13 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format --quiet
 
 docs: $(INSTALLED)
-	@$(BIN)/python tests/docs/test_docs.py
+	@$(BIN)/python -m tests.docs.test_docs
 
 bench: $(BENCHMARK_INSTALLED)
 	@$(BIN)/python tests/benchmarks/recording.py $(ARGS)
+
+bench-capture: $(INSTALLED)
+	@$(BIN)/python -m tests.benchmarks.capture $(ARGS)
 
 losses: $(BENCHMARK_INSTALLED)
 	@$(BIN)/python -m tests.benchmarks.losses $(ARGS)
