@@ -60,7 +60,7 @@ class LLMCall(_Record, frozen=True, kw_only=True, tag="llm_call"):
     operation: str = "chat"
     """As `gen_ai.operation.name`: `chat`, `embeddings`, …"""
     tokens_in: int | None = None
-    """Of the prompt, with the cached ones. Here and below: None if the provider did not say, which is not 0."""
+    """Of the prompt, with the cached ones. None, here and below: the provider did not say, which is not 0."""
     tokens_out: int | None = None
     """Of the response, with those of reasoning."""
     tokens_cached: int | None = None
@@ -82,7 +82,7 @@ class LLMCall(_Record, frozen=True, kw_only=True, tag="llm_call"):
     """What was sent: `role` and `text` of each message. Like prompt and response, empty unless
     `capture_content` is on."""
     tool_calls: list[dict[str, Any]] = []
-    """The tools that the model asked for: `name` and `id` of each; `arguments` only with `capture_content`."""
+    """The tools that the model asked for: `name`, `id`; `arguments` only with `capture_content`."""
     response_id: str = ""
     finish_reason: str = ""
     metadata: dict[str, Any] = {}
