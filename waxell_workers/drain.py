@@ -154,8 +154,9 @@ class _Tracer:
         flush = _Flush(flushes, deadline, after, self._ended)
         try:
             flush.start(self.name)
-        except RuntimeError as error:  # from Python 3.12 on, at the interpreter's end
-            self._count("late", f"no thread can be started for it: {error}")
+        except RuntimeError as error:
+            # Python 3.12 starts none at the interpreter's end, where tracers have exit hooks of their own.
+            self._count("late", f"no thread can be started for it: {error}", logging.INFO)
             return None
         self._under_way.append(flush)
         return flush
@@ -168,11 +169,11 @@ class _Tracer:
     def _ended(self, error: str) -> None:
         self._count("failed" if error else "flushed", error)
 
-    def _count(self, end: str, reason: str) -> None:
-        self.ends[end].add()
+    def _count(self, end: str, reason: str, level: int = logging.WARNING) -> None:
         if reason and end not in self._told:
             self._told.add(end)
-            logger.warning("drain: %s %s: %s", self.name, _SAID[end], reason)
+            logger.log(level, "drain: %s %s: %s", self.name, _SAID[end], reason)
+        self.ends[end].add()
 
 
 _SAID = {"failed": "could not be flushed", "late": "was not flushed in time"}

@@ -248,7 +248,7 @@ class WorkerMixin(_Worker):
             if self._waxell_executed:
                 if multiprocessing.parent_process() is not None:
                     _stopping(spent_s=_POOL_LOOKS_EVERY_S)
-                elif tasks.drains():  # from Python 3.12 on, no thread can be started in `atexit`
+                elif tasks.drains():  # Python 3.12 can start no thread in `atexit`
                     _stopping()
 
     def heartbeat(self, *args: Any, **kwargs: Any) -> None:

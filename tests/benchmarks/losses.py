@@ -1,6 +1,6 @@
 """What three tracers deliver of a Celery worker's LLM calls, by how the worker or the task ends.
 
-`make losses` runs it, in about ten minutes. Each trial has a real worker of its own on the embedded Valkey,
+One of them once more with `drain`. `make losses` runs it, in about ten minutes. Each trial has a real worker of its own on the embedded Valkey,
 the tasks of `losses_app` and the stand-in model. A call counts as delivered when a process outside the worker
 has it: for waxell-workers the local server, for the others an HTTP server in this process, to which their
 exporters POST.
@@ -38,6 +38,7 @@ END_S = 60.0
 WAXELL = "waxell-workers"
 MODULES = {
     "openai-agents": "openai_agents",
+    "openai-agents with drain": "drain",
     "opentelemetry": "opentelemetry",
     WAXELL: "waxell_workers",
 }

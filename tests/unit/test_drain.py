@@ -206,14 +206,14 @@ def test_a_flush_that_fails_is_counted_with_its_reason(monkeypatch, caplog):
 
 
 def test_where_no_thread_can_be_started_nothing_is_waited_for(exporter, monkeypatch, caplog):
-    """Given an interpreter that ends, as from Python 3.12 on, then the flush is late, and that is said."""
+    """Given an interpreter that ends, as Python 3.12's, then the flush is late, and that is said."""
 
     def start(self):
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
     monkeypatch.setattr(threading.Thread, "start", start)
     flushing = drain.Drain([OTEL])
-    with caplog.at_level(logging.WARNING, "waxell_workers"):
+    with caplog.at_level(logging.INFO, "waxell_workers"):
         assert flush(flushing, LONG_S) < SLACK_S
     assert flushing.counts()[OTEL]["late"] == 1
     assert "no thread can be started" in caplog.text
@@ -270,13 +270,13 @@ def test_a_forked_child_flushes_for_itself(exporter):
         assert answer.read() == "['of the child'] 0"
 
 
-def test_an_older_openai_agents_is_flushed_too(monkeypatch):
-    """Given a provider that has no flush of its own (0.0.7), then its processors are flushed."""
+@pytest.mark.parametrize("own", [True, False])
+def test_an_older_openai_agents_is_flushed_too(monkeypatch, own):
+    """Given a provider that has no flush of its own (0.0.7), then its processors are flushed; else itself."""
     flushed = []
+    flushes = SimpleNamespace(force_flush=lambda: flushed.append(True))
     setup = ModuleType("agents.tracing.setup")
-    setup.GLOBAL_TRACE_PROVIDER = SimpleNamespace(
-        _multi_processor=SimpleNamespace(force_flush=lambda: flushed.append(True))
-    )
+    setup.GLOBAL_TRACE_PROVIDER = flushes if own else SimpleNamespace(_multi_processor=flushes)
     monkeypatch.setitem(sys.modules, "agents.tracing.setup", setup)
     flush(drain.Drain(["openai-agents"]), LONG_S)
     assert flushed == [True]

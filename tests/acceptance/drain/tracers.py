@@ -19,6 +19,8 @@ from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
+EVERY_S = float(os.environ["EXPORT_EVERY_S"])
+"""How often the tracers' own threads export; 5 unless one is set."""
 EXPORT_S = 60
 """How long an exporter waits for an answer; that of openai-agents does so three times."""
 
@@ -44,9 +46,9 @@ class OpenTelemetryExporter(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-set_trace_processors([BatchTraceProcessor(AgentsExporter())])
+set_trace_processors([BatchTraceProcessor(AgentsExporter(), schedule_delay=EVERY_S)])
 provider = TracerProvider()
-provider.add_span_processor(BatchSpanProcessor(OpenTelemetryExporter()))
+provider.add_span_processor(BatchSpanProcessor(OpenTelemetryExporter(), schedule_delay_millis=EVERY_S * 1000))
 otel.set_tracer_provider(provider)
 
 
