@@ -28,7 +28,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
     BaseInstrumentor,
 )
 
-from ..core.content import is_interrupt
+from ..core.content import error_message, is_interrupt
 from . import nesting, semconv
 from .openinference import OpenInferenceSpan
 from .platform import platform_sdk_is_active
@@ -50,16 +50,36 @@ class _Place(nesting.Layer):
 class _ModelSpan(OpenInferenceSpan):
     """One call of a model, as its callbacks tell it."""
 
+    _text = ""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._place = nesting.innermost()
-        if isinstance(self._place, _Place):
-            self._place.spans.append(self)
-            self._place.is_open = True
+        place = nesting.innermost()
+        self._place = place if isinstance(place, _Place) else None
+        if self._place is not None:
+            self._stand_in(self._place)
+
+    def _stand_in(self, place: _Place) -> None:
+        """Stand beside what else is in a place, not inside it: one is told for all."""
+        if self.enclosing is place:
+            place.inner.remove(self)
+            self.enclosing = place.enclosing
+            if place.enclosing is not None:
+                place.enclosing.inner.append(self)
+        place.spans.append(self)
+        place.is_open = True
 
     def is_superseded(self) -> bool:
         """True if a call was told in its place."""
         return super().is_superseded() or (self._place is not None and self._place.is_superseded())
+
+    def note(self, error: BaseException) -> None:
+        """Note what the model raised, in its own words: the callbacks add a traceback."""
+        self.record_exception(error)
+        self._text = error_message(error, wants_content=True)
+
+    def _tell_error(self, fields: dict[str, Any], message: str) -> None:
+        super()._tell_error(fields, self._text)
 
     def forget(self) -> None:
         """Tell nothing at the end."""
@@ -71,7 +91,7 @@ class _ModelSpan(OpenInferenceSpan):
             super().end(end_time)
         finally:
             place = self._place
-            if isinstance(place, _Place) and not any(span.is_open for span in place.spans):
+            if place is not None and not any(span.is_open for span in place.spans):
                 place.is_told = place.is_superseded()
                 place.is_open = False
                 place.spans.clear()
@@ -133,6 +153,9 @@ class _Handler(BaseCallbackHandler):  # type: ignore[misc]  # comes without type
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """End the call."""
+        span = self._tracer.get_span(run_id)
+        if span is not None:
+            span.note(error)
         self._tracer.on_llm_error(error, run_id=run_id, **kwargs)
 
 

@@ -234,7 +234,7 @@ def _tracer(sdk: Sdk, instrumentor: Instrumentor) -> ListeningTracer:
     tracer = ListeningTracer()
     tracer.is_framework = sdk.is_framework
     if instrumentor.is_openinference:
-        facts = {"provider": sdk.provider, "follows_streams": sdk.follows_streams}
+        facts = {"provider": sdk.provider, "has_prefixed_models": sdk.has_prefixed_models}
         tracer.span_class = type(OpenInferenceSpan.__name__, (OpenInferenceSpan,), facts)
     return tracer
 

@@ -100,7 +100,8 @@ class _Calls:
             nesting.leave(span)
             response = getattr(event, "response", None)
             span.set_attributes(_answered(response))
-            span.content = (_messages(getattr(event, "messages", ())), _messages((response,)))
+            span.is_whole = True
+            span.content = (_inputs(event), _messages((response,)))
             span.end()
 
     def fail(self, span_id: str, error: BaseException | None) -> None:
@@ -144,6 +145,11 @@ def _answered(response: Any) -> dict[str, Any]:
 
 def _get(holder: Any, name: str) -> Any:
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+def _inputs(event: Any) -> list[Message]:
+    prompt = getattr(event, "prompt", None)
+    return [Message("user", [Part("text", prompt)])] if prompt else _messages(getattr(event, "messages", ()))
 
 
 def _messages(of: Any) -> list[Message]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from opentelemetry.trace.status import Status, StatusCode
+
 from . import semconv
 from .calls import Message
 from .tracer import CallSpan
@@ -44,7 +46,10 @@ class OpenInferenceSpan(CallSpan):
 
     provider = ""
     """Who answers, where the instrumentor does not say it."""
+    has_prefixed_models = False
+    """True if models are named with their providers, as in `anthropic/claude-sonnet-4-5`."""
     _asked_model = ""
+    _is_named_stream = False
     _first_chunk_s: float | None = None
 
     def set_attribute(self, key: str, value: Any) -> None:
@@ -58,6 +63,16 @@ class OpenInferenceSpan(CallSpan):
         for key, value in attributes.items():
             self.set_attribute(key, value)
 
+    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        """Note an error, or that there was none: a stream that was left has neither."""
+        super().set_status(status, description)
+        code = status.status_code if isinstance(status, Status) else status
+        self.is_whole = code is StatusCode.OK
+
+    def update_name(self, name: str) -> None:
+        """Take from a name what no attribute says: cohere's streams are `…chat_stream`, or alike."""
+        self._is_named_stream = "stream" in name.lower()
+
     def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
         """Note when the first token came; nothing else that happens is of interest."""
         if name == semconv.OI_FIRST_TOKEN and self._first_chunk_s is None:
@@ -66,35 +81,38 @@ class OpenInferenceSpan(CallSpan):
     def _read(self) -> Mapping[str, Any]:
         told = self._attributes
         parameters = _parameters(told)
-        model = told.get(semconv.OI_MODEL) or told.get(semconv.OI_EMBEDDING_MODEL) or ""
+        model = str(told.get(semconv.OI_MODEL) or told.get(semconv.OI_EMBEDDING_MODEL) or "")
         asked = told.get(semconv.OI_REQUEST_MODEL) or _model_in(parameters) or self._asked_model or model
+        answered = told.get(semconv.OI_RESPONSE_MODEL) or ("" if model == asked else model)
+        provider = _provider(told) or self.provider
+        prefix, _, name = str(asked).partition("/")
+        if self.has_prefixed_models and name:
+            provider, asked = provider or prefix, name
         found: dict[str, Any] = {
             semconv.OPERATION: _OPERATIONS.get(str(told.get(semconv.OI_KIND)).upper()),
-            semconv.PROVIDER: _provider(told) or self.provider,
+            semconv.PROVIDER: provider,
             semconv.REQUEST_MODEL: asked,
-            semconv.REQUEST_STREAM: self._first_chunk_s is not None or bool(parameters.get("stream")),
+            semconv.RESPONSE_MODEL: answered,
+            semconv.REQUEST_STREAM: self._is_streamed(parameters),
             semconv.TIME_TO_FIRST_CHUNK_S: self._first_chunk_s,
             semconv.ERROR_TYPE: told.get(semconv.ERROR_TYPE),
         }
         found.update({ours: told[theirs] for theirs, ours in _COUNTS.items() if theirs in told})
         if semconv.OI_FINISH_REASON in told:
             found[semconv.FINISH_REASONS] = (str(told[semconv.OI_FINISH_REASON]),)
-        outputs = _messages(told, semconv.OI_OUTPUT_MESSAGES)
-        if outputs or semconv.INPUT_TOKENS in found:
-            found[semconv.RESPONSE_MODEL] = told.get(semconv.OI_RESPONSE_MODEL) or model
-        self.content = (_messages(told, semconv.OI_INPUT_MESSAGES), outputs)
+        self.content = (
+            _messages(told, semconv.OI_INPUT_MESSAGES),
+            _messages(told, semconv.OI_OUTPUT_MESSAGES),
+        )
         return found
 
+    def _is_streamed(self, parameters: Mapping[str, Any]) -> bool:
+        return self._first_chunk_s is not None or self._is_named_stream or bool(parameters.get("stream"))
+
     def _tell_error(self, fields: dict[str, Any], message: str) -> None:
-        kind = str(self._attributes.get(semconv.ERROR_TYPE) or "")
-        if kind in _LEFT:
-            return
         # Told as "RateLimitError: Error code: 429 - …": the type is known already.
-        super()._tell_error(fields, message.removeprefix(f"{kind.rsplit('.', 1)[-1]}: "))
-
-
-_LEFT = frozenset({"GeneratorExit"})
-"""A generator that was closed before its end: a stream that was left, no error."""
+        kind = str(self._attributes.get(semconv.ERROR_TYPE) or "").rpartition(".")[2]
+        super()._tell_error(fields, message.removeprefix(f"{kind}: "))
 
 
 def _provider(told: Mapping[str, Any]) -> str:

@@ -87,8 +87,8 @@ class Sdk:
     """True if a method named `stream` returns a manager, and makes its call when that is entered."""
     provider: str = ""
     """Who answers, by OpenTelemetry's conventions, where the instrumentor does not always say it."""
-    follows_streams: bool = True
-    """False if the instrumentor lets go of a call where its stream begins, so that its tokens are not heard."""
+    has_prefixed_models: bool = False
+    """True if its models are named with their providers, as in `anthropic/claude-sonnet-4-5`."""
     is_common: bool = False
     """True if it is imported by many who call no model: that its instrumentor is missing is not said."""
 
@@ -185,7 +185,6 @@ SDKS = (
         (_openinference("groq"),),
         ("groq.resources.chat.completions",),
         provider="groq",
-        follows_streams=False,
     ),
     Sdk("ollama", "ollama", ("ollama",), (_openinference("ollama"),), ("ollama._client",), provider="ollama"),
     Sdk(
@@ -214,7 +213,14 @@ SDKS = (
         is_framework=True,
         heard_by="waxell_workers.capture.agents",
     ),
-    Sdk("litellm", "litellm", ("litellm",), (_openinference("litellm"),), is_framework=True),
+    Sdk(
+        "litellm",
+        "litellm",
+        ("litellm",),
+        (_openinference("litellm"),),
+        is_framework=True,
+        has_prefixed_models=True,
+    ),
     # The official instrumentor hears ChatOpenAI and ChatBedrock alone, whose SDKs are heard themselves.
     # OpenInference's is silent where the user's is switched on, or silences that: ours uses what it knows.
     Sdk(

@@ -34,11 +34,14 @@ PROVIDERS = {
     "aws": "aws.bedrock",
     "azure": "azure.ai.openai",
     "bedrock": "aws.bedrock",
+    "cohere_chat": "cohere",
     "gemini": "gcp.gemini",
     "google": "gcp.gemini",
     "mistral": "mistral_ai",
     "mistralai": "mistral_ai",
     "moonshot": "moonshot_ai",
+    "ollama_chat": "ollama",
+    "together_ai": "together",
     "vertex_ai": "gcp.vertex_ai",
     "vertexai": "gcp.vertex_ai",
     "xai": "x_ai",
@@ -51,6 +54,9 @@ context, so that a call inside a call is not told twice (`CLIENT_INFERENCE_CONTE
 
 ABANDONED_STREAM = ("_OTHER", "abandoned stream")
 """`error.type` and description of a stream that was dropped unread (`AbandonedStreamError` there)."""
+
+CLOSED_GENERATOR = "GeneratorExit"
+"""`error.type` of a stream that was read by a generator, which was closed before its end."""
 
 OI_KIND = "openinference.span.kind"
 """`LLM`, `EMBEDDING`, `CHAIN`, `AGENT`, `TOOL`, …"""

@@ -33,8 +33,8 @@ OPENED = "waxell_workers.capture.opened"
 class CallSpan(trace.Span, nesting.Layer):
     """Collects what is told about one call; told to the listener at its end, once."""
 
-    follows_streams = True
-    """False if it ends where a stream begins."""
+    is_whole = False
+    """True if the instrumentor says that nothing is missing, also where no reason to finish was given."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class CallSpan(trace.Span, nesting.Layer):
         fields["status"] = "ok"
         if self._error is not None:
             self._tell_error(fields, self._error)
-        if self.follows_streams and _is_left(fields):
+        if _is_left(fields) and not self.is_whole:
             # Closed or dropped before the model was done: nobody's error, but no whole answer either.
             fields["metadata"] = {"stream": "left early"}
         fields.update(self._content())
@@ -166,7 +166,7 @@ class CallSpan(trace.Span, nesting.Layer):
 
     def _tell_error(self, fields: dict[str, Any], message: str) -> None:
         kind = str(self._attributes.get(semconv.ERROR_TYPE) or "")
-        if (kind, message) == semconv.ABANDONED_STREAM:
+        if (kind, message) == semconv.ABANDONED_STREAM or kind == semconv.CLOSED_GENERATOR:
             return
         fields["status"] = "error"
         fields["error_type"] = short_error_type(kind)
@@ -206,6 +206,7 @@ class ListeningTracer(trace.Tracer):
             is_framework=self.is_framework,
             start_time_ns=start_time,
         )
+        span.update_name(name)
         opened = (get_current() if context is None else context).get(OPENED)
         if isinstance(opened, list):
             opened.append(span)
