@@ -107,10 +107,13 @@ class _Flush:
             self._after.wait(math.inf)
             self._after = None
         self.has_begun = True
-        errors = [error for flush in self._flushes if (error := self._call(flush))]
-        self.is_over = True
-        self._gate.release()
-        self._ended("; ".join(errors))
+        errors = ["it was ended"]  # by a SystemExit, a GreenletExit
+        try:
+            errors = [error for flush in self._flushes if (error := self._call(flush))]
+        finally:
+            self.is_over = True
+            self._gate.release()
+            self._ended("; ".join(errors))
 
     def _call(self, flush: Flush) -> str:
         try:

@@ -1,9 +1,9 @@
 """What three tracers deliver of a Celery worker's LLM calls, by how the worker or the task ends.
 
-One of them once more with `drain`. `make losses` runs it, in about ten minutes. Each trial has a real worker of its own on the embedded Valkey,
-the tasks of `losses_app` and the stand-in model. A call counts as delivered when a process outside the worker
-has it: for waxell-workers the local server, for the others an HTTP server in this process, to which their
-exporters POST.
+`make losses` runs it, in about 15 minutes; one tracer comes twice, without `drain` and with it. Each trial
+has a real worker of its own on the embedded Valkey, the tasks of `losses_app` and the stand-in model. A call
+counts as delivered when a process outside the worker has it: for waxell-workers the local server, for the
+others an HTTP server in this process, to which their exporters POST.
 Nothing here fails for a number: it prints what it found, and exits 1 only if a trial could not be made.
 """
 

@@ -205,6 +205,19 @@ def test_a_flush_that_fails_is_counted_with_its_reason(monkeypatch, caplog):
     ]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_flush_that_exits_does_not_hold_the_next(monkeypatch):
+    """Given a tracer whose flush raises SystemExit, then that is a failure, and the next one is not late."""
+    monkeypatch.setattr(
+        trace, "_TRACER_PROVIDER", SimpleNamespace(force_flush=lambda timeout_millis: sys.exit())
+    )
+    flushing = drain.Drain([OTEL])
+    for times in (1, 2):
+        assert flush(flushing, LONG_S) < LONG_S / 2
+        await_(lambda times=times: flushing.counts()[OTEL]["failed"] == times, "count")
+        await_(lambda: not threads(), "end of the thread, and what is said of it")
+
+
 def test_where_no_thread_can_be_started_nothing_is_waited_for(exporter, monkeypatch, caplog):
     """Given an interpreter that ends, as Python 3.12's, then the flush is late, and that is said."""
 
