@@ -1,6 +1,6 @@
 """The documentation is complete and true: settings, commands, included files, links.
 
-Run as a script (`make docs`), this file writes the generated parts anew.
+Run as a program (`make docs`), this file writes the generated parts anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tests.docs import captured
 from waxell_workers.cli.commands import cli
 from waxell_workers.core.config import Settings
 
@@ -147,6 +148,7 @@ def test_links_inside_the_repository_lead_somewhere(page):
 def write() -> None:
     """Write the generated parts anew."""
     CLI_PAGE.write_text(CLI_PAGE.read_text().partition(MARK)[0] + MARK + generated_help())
+    captured.PAGE.write_text(captured.written(captured.PAGE.read_text()))
     for page in PAGES:
         page.write_text(included(page))
 
