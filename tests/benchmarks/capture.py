@@ -419,7 +419,9 @@ def setting(rounds: int, calls: int) -> dict[str, Any]:
 
 def print_table(about: Mapping[str, Any], rows: Mapping[str, Mapping[str, Row]]) -> None:
     """Print two tables for people: by the clock, and by what is computed."""
-    print(f"One call of an SDK: median of {about['rounds']} rounds (min-max), {about['calls']} calls each.")
+    print(
+        f"One call of an SDK: median of {about['rounds']} rounds (min to max), {about['calls']} calls each."
+    )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     machine = f"{about['machine']}, {about['cores']} cores, load {about['load']:.1f}"
     print(f"{versions}; Python {about['python']}; {machine}")
@@ -431,13 +433,18 @@ def _print_measure(title: str, rows: Mapping[str, Mapping[str, Row]], measure: s
     names = [name for name in next(iter(rows.values())) if name != BARE]
     table = [[title, BARE, *(f"+ {name}" for name in names)]]
     for case, contenders in rows.items():
-        cells = [getattr(contenders[BARE], measure).format(0)]
-        cells += [getattr(contenders[name], f"added_{measure}").format(0) for name in names]
+        cells = [_cell(getattr(contenders[BARE], measure))]
+        cells += [_cell(getattr(contenders[name], f"added_{measure}")) for name in names]
         table.append([case, *cells])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(spread: Spread) -> str:
+    """Return a spread, of which both ends may be negative."""
+    return f"{spread.median:.0f} ({spread.min:.0f} to {spread.max:.0f})"
 
 
 def main() -> None:
