@@ -641,6 +641,7 @@ def test_a_span_that_never_ends_is_forgotten(records: Any) -> None:
         assert around is None
         with generation_span(model="next"):
             pass
+        assert ours.nesting.innermost() is None, "what has ended is not kept either"
     assert [call.model for call in records(LLMCall)] == ["next"]
     assert records(Step) == []
 
@@ -657,7 +658,7 @@ def test_an_interrupt_passes_after_the_record_and_a_defect_does_not(
     def step_sink(**fields: Any) -> None:
         told.append(fields["id"])
         if raised:
-            raise raised[0]
+            raise raised.pop()
 
     processor = ours.Processor()
     processor.listener = ours.Listener(
@@ -670,9 +671,9 @@ def test_an_interrupt_passes_after_the_record_and_a_defect_does_not(
         processor.on_span_end(span)
     assert len(told) == 2
     assert len(set(told)) == 1
-    raised[0] = ZeroDivisionError
     with caplog.at_level(logging.WARNING, "waxell_workers.capture"):
         for _ in range(2):
+            raised.append(ZeroDivisionError)
             processor.on_span_start(span)
             processor.on_span_end(span)
     assert [record.getMessage() for record in caplog.records] == [

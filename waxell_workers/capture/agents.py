@@ -199,8 +199,8 @@ class _Call(nesting.Layer, _Span):
 class Processor:
     """A `TracingProcessor` by its methods; there is one, and without a listener it does nothing.
 
-    Interrupts pass. Newer versions (seen in 0.11 and 0.24) call each processor in a guard that logs and drops
-    every `Exception`, a soft time limit that surfaces here with the rest; the guard is not ours to open.
+    Interrupts pass. Later versions (0.6, not 0.2) call each processor in a guard that logs and drops every
+    `Exception`, a soft time limit that surfaces here with the rest; the guard is not ours to open.
     """
 
     def __init__(self) -> None:
@@ -319,6 +319,6 @@ def _stay(provider: Any) -> None:
     replace = provider.set_processors
 
     def set_processors(processors: list[Any]) -> None:
-        replace([*(one for one in processors if one is not _processor), _processor])
+        replace([*processors, _processor])
 
     provider.set_processors = set_processors
