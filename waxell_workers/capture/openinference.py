@@ -78,6 +78,11 @@ class OpenInferenceSpan(CallSpan):
         if name == semconv.OI_FIRST_TOKEN and self._first_chunk_s is None:
             self._first_chunk_s = time.perf_counter() - self._started
 
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, where the instrumentor has forgotten to, before it said what this is."""
+        self._attributes.setdefault(semconv.OI_KIND, "LLM")
+        super().fail(error)
+
     def _read(self) -> Mapping[str, Any]:
         told = self._attributes
         parameters = _parameters(told)
