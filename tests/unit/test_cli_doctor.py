@@ -729,6 +729,16 @@ def test_what_not_even_we_know_to_work_is_told(packages):
     assert (found.status, "google-genai >= 1.32.0, < 4" in found.text) == ("warn", True)
 
 
+def test_what_our_own_instrumentor_does_not_take_is_told(packages):
+    """Given an SDK that we hear ourselves, older than what was tried, the report warns with our limit."""
+    (sdk,) = (sdk for sdk in SDKS if sdk.name == "openai-agents")
+    packages({sdk.distributions[0]: "0.0.1"})
+    (found,) = examined()
+    (limit,) = sdk.instrumentors[0].requires
+    assert (found.status, found.text.endswith(f"our instrumentor is made for {limit}")) == ("warn", True)
+    assert "pip install --upgrade waxell-workers" in found.advice
+
+
 @pytest.mark.parametrize(
     ("present", "taken"),
     [
