@@ -15,7 +15,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from opentelemetry import context
 
 from waxell_workers.capture import gates
-from waxell_workers.capture.tracer import OPENED
+from waxell_workers.capture.tracer import KNOWN, OPENED
 
 OPEN_CALL = "opentelemetry.genai.client.inference.context"
 PASSAGE = gates.Passage(lambda: True, mark="sdk")
@@ -126,7 +126,7 @@ def test_the_users_open_call_is_hidden_from_us_and_ours_from_them() -> None:
     token = context.attach(context.set_value("theirs", theirs, context.set_value(OPEN_CALL, theirs)))
     ours, inside = call(says_its_context, asynchronous=False)
     context.detach(token)
-    assert ours == {"theirs": theirs, OPENED: []}
+    assert ours == {"theirs": theirs, OPENED: [], KNOWN: {}}
     assert inside == {"theirs": theirs, OPEN_CALL: theirs, gates._OURS: "sdk"}
 
 

@@ -100,6 +100,28 @@ def _finish_reason(reasons: object) -> str:
     return "" if first == "error" else first
 
 
+def billed_attributes(error: BaseException) -> dict[str, Any]:
+    """Return what an error tells about the answer that it is about, and that was paid for.
+
+    openai's `LengthFinishReasonError`, which `parse()` raises, has it as its `completion`.
+    """
+    if type(error).__name__ != "LengthFinishReasonError":  # what others have there may be the user's code
+        return {}
+    completion = getattr(error, "completion", None)
+    usage = getattr(completion, "usage", None)
+    details = getattr(usage, "prompt_tokens_details", None), getattr(usage, "completion_tokens_details", None)
+    found = {
+        semconv.RESPONSE_ID: getattr(completion, "id", None),
+        semconv.RESPONSE_MODEL: getattr(completion, "model", None),
+        semconv.FINISH_REASONS: [c.finish_reason for c in getattr(completion, "choices", None) or ()],
+        semconv.INPUT_TOKENS: getattr(usage, "prompt_tokens", None),
+        semconv.OUTPUT_TOKENS: getattr(usage, "completion_tokens", None),
+        semconv.CACHED_TOKENS: getattr(details[0], "cached_tokens", None),
+        semconv.REASONING_TOKENS: getattr(details[1], "reasoning_tokens", None),
+    }
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
 def short_error_type(name: str) -> str:
     """Return the top-level package and the class of an exception's full name, as in `openai.RateLimitError`.
 

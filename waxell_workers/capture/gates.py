@@ -27,8 +27,8 @@ from opentelemetry.context import Context, attach, get_current
 from wrapt import ObjectProxy
 
 from . import semconv
-from .calls import BUGS
-from .tracer import OPENED
+from .calls import BUGS, billed_attributes
+from .tracer import KNOWN, OPENED
 
 _logger = logging.getLogger("waxell_workers.capture")
 
@@ -59,21 +59,29 @@ def detach(token: Token[Context]) -> None:
 class _Method:
     """The SDK's method, to be called in the caller's context and, where that matters, with its values."""
 
-    __slots__ = ("__wrapped__", "called", "context", "kept", "result", "returned")
+    __slots__ = ("__wrapped__", "called", "context", "kept", "opened", "result", "returned", "shown")
 
-    def __init__(self, wrapped: Callable[..., Any], context: Context, kept: dict[str, Any]) -> None:
+    def __init__(
+        self, wrapped: Callable[..., Any], context: Context, kept: dict[str, Any], opened: list[Any]
+    ) -> None:
         self.__wrapped__ = wrapped  # where `inspect.signature` looks, which the instrumentor asks
         self.context = context
         self.kept = kept
         self.called = False
         self.returned = False
+        self.opened = opened
         self.result: Any = None
+        self.shown: Any = None
+        """What the instrumentor gets for the result, where that is something else."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
         token = attach(self.context)
         try:
             result = self.__wrapped__(*args, **{**kwargs, **self.kept})
+        except BaseException as error:
+            self._note(error)
+            raise
         finally:
             detach(token)
         # Asked of what came back: a decorator of the SDK's may hide that a method is a coroutine function.
@@ -81,13 +89,36 @@ class _Method:
             return self._awaited(result, kwargs)
         self.result = result
         self.returned = True
+        return self._show(result)
+
+    def _note(self, error: BaseException) -> None:
+        """Keep what an error tells about an answer that was paid for."""
+        for span in self.opened:
+            span.set_attributes(billed_attributes(error))
+
+    def _show(self, result: Any) -> Any:
+        """Return what the instrumentor sees: raw embeddings parsed, which 1.3b0 does not do itself.
+
+        Not those of `with_streaming_response`: their body is the caller's to read.
+        """
+        is_raw = type(result).__name__ == "LegacyAPIResponse"
+        if is_raw and self.__wrapped__.__qualname__.startswith(("Embeddings.", "AsyncEmbeddings.")):
+            self.shown = result.parse()
+            return self.shown
         return result
+
+    def given(self, heard: Any) -> Any:
+        """Return what the caller gets, where the instrumentor returns `heard`."""
+        return self.result if heard is None or heard is self.shown else heard
 
     async def _awaited(self, coroutine: Coroutine[Any, Any, Any], kwargs: dict[str, Any]) -> Any:
         token = attach(self.context)
         try:
             self.result = result = await coroutine
             self.returned = True
+        except BaseException as error:
+            self._note(error)
+            raise
         finally:
             detach(token)
         # openai's `with_streaming_response`: 1.3b0 calls the coroutine function and never awaits it. The body
@@ -95,7 +126,7 @@ class _Method:
         streaming = f"{type(result).__module__}.".startswith("openai.") and inspect.iscoroutinefunction(
             getattr(result, "parse", None)
         )
-        return None if streaming and not kwargs.get("stream") else result
+        return None if streaming and not kwargs.get("stream") else self._show(result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +148,16 @@ class _Call:
 
     __slots__ = ("inside", "method", "opened", "outside", "passage")
 
-    def __init__(self, passage: Passage, wrapped: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, passage: Passage, wrapped: Callable[..., Any], instance: Any, kwargs: dict[str, Any]
+    ) -> None:
         self.passage = passage
         self.opened: list[Any] = []
         self.outside = get_current()
-        self.inside = Context({**_without_open_calls(self.outside), OPENED: self.opened})
+        known = _known(instance, is_stream=bool(kwargs.get("stream")))
+        self.inside = Context({**_without_open_calls(self.outside), OPENED: self.opened, KNOWN: known})
         kept = {name: kwargs[name] for name in passage.kept if name in kwargs}
-        self.method = _Method(wrapped, _marked(self.outside, passage.mark), kept)
+        self.method = _Method(wrapped, _marked(self.outside, passage.mark), kept, self.opened)
 
     def run(self, wrapper: Wrapper, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the wrapper in its context; what it returns may be a coroutine that has not begun."""
@@ -131,7 +165,8 @@ class _Call:
         try:
             kept = self.method.kept
             seen = {**kwargs, **{name: copy.copy(value) for name, value in kept.items()}} if kept else kwargs
-            return wrapper(self.method, instance, args, seen)
+            result = wrapper(self.method, instance, args, seen)
+            return self.method.given(result) if self.method.returned else result
         except BaseException as error:
             if not self._is_defect(error):
                 self._fail(error)
@@ -151,7 +186,7 @@ class _Call:
         token = attach(self.inside)
         try:
             result = await coroutine
-            return method.result if result is None else result
+            return method.given(result)
         except BaseException as error:
             if not self._is_defect(error):
                 self._fail(error)
@@ -199,7 +234,7 @@ def gate(wrapper: Wrapper, passage: Passage) -> Wrapper:
             return wrapped(*args, **kwargs)
         if passage.has_managers and wrapped.__name__ == "stream":
             return _manager_gate(wrapper, wrapped, instance, args, kwargs, passage.mark)
-        call = _Call(passage, wrapped, kwargs)
+        call = _Call(passage, wrapped, instance, kwargs)
         try:
             result = call.run(wrapper, instance, args, kwargs)
         except BaseException:
@@ -235,6 +270,16 @@ def _without_open_calls(context: Context) -> Context:
     return Context({key: value for key, value in context.items() if key not in open_calls})
 
 
+def _known(instance: Any, *, is_stream: bool) -> dict[str, Any]:
+    """Return the attributes of a call that instrumentors do not tell, or not always."""
+    # 1.3b0 says that it is a stream once there is one.
+    known: dict[str, Any] = {semconv.REQUEST_STREAM: True} if is_stream else {}
+    client = type(getattr(instance, "_client", None))
+    if any(kind.__name__ in ("AzureOpenAI", "AsyncAzureOpenAI") for kind in client.__mro__):
+        known[semconv.PROVIDER] = semconv.AZURE
+    return known
+
+
 _said: set[str] = set()
 
 
@@ -252,10 +297,11 @@ def _say_defect(error: BaseException) -> None:
 class _Doorway:
     """Hands the context of the caller who enters from the outer proxy to the inner one."""
 
-    __slots__ = ("context", "mark")
+    __slots__ = ("context", "known", "mark")
 
-    def __init__(self, mark: str) -> None:
+    def __init__(self, mark: str, known: dict[str, Any]) -> None:
         self.mark = mark
+        self.known = known
         self.context = Context()
 
 
@@ -267,7 +313,7 @@ def _manager_gate(
     kwargs: dict[str, Any],
     mark: str,
 ) -> Any:
-    doorway = _Doorway(mark)
+    doorway = _Doorway(mark, _known(instance, is_stream=True))
 
     def method(*args: Any, **kwargs: Any) -> Any:
         return _Inner(wrapped(*args, **kwargs), doorway)
@@ -309,7 +355,7 @@ class _Outer(_Manager):
     def _enter(self) -> Token[Context]:
         outside = get_current()
         self._self_doorway.context = _marked(outside, self._self_doorway.mark)
-        return attach(_without_open_calls(outside))
+        return attach(Context({**_without_open_calls(outside), KNOWN: self._self_doorway.known}))
 
 
 class _Inner(_Manager):

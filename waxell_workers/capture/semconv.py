@@ -48,6 +48,9 @@ PROVIDERS = {
 }
 """Provider names of instrumentors, where they are not those of the conventions."""
 
+AZURE = "azure.ai.openai"
+"""The provider behind openai's `AzureOpenAI`; 1.3b0 says `openai`."""
+
 OPEN_CALL_PREFIX = "opentelemetry.genai.client."
 """How the keys begin under which `opentelemetry-util-genai` 1.3b0 notes an open call in the OpenTelemetry
 context, so that a call inside a call is not told twice (`CLIENT_INFERENCE_CONTEXT_KEY` and its like)."""

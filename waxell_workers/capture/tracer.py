@@ -28,6 +28,8 @@ _logger = logging.getLogger("waxell_workers.capture")
 
 OPENED = "waxell_workers.capture.opened"
 """Where in the OpenTelemetry context a list may stand that wants each span which is opened there."""
+KNOWN = "waxell_workers.capture.known"
+"""Where in the OpenTelemetry context attributes may stand that a gate knows better than its instrumentor."""
 
 
 class CallSpan(trace.Span, nesting.Layer):
@@ -50,6 +52,7 @@ class CallSpan(trace.Span, nesting.Layer):
         self._listener = listener
         self._around = around.get_span_context()
         self._attributes: dict[str, Any] = dict(attributes or {})
+        self.known: Mapping[str, Any] = {}
         self._error: str | None = None
         self._id = new_id()
         self._start_time_ns = start_time_ns
@@ -132,7 +135,7 @@ class CallSpan(trace.Span, nesting.Layer):
         listener = self._listener
         if listener is None:
             return
-        attributes = self._read()
+        attributes = {**self._read(), **self.known}
         if attributes.get(semconv.OPERATION) not in semconv.INFERENCES or self.is_superseded():
             return
         fields = call_fields(attributes)
@@ -207,9 +210,12 @@ class ListeningTracer(trace.Tracer):
             start_time_ns=start_time,
         )
         span.update_name(name)
-        opened = (get_current() if context is None else context).get(OPENED)
+        here = get_current() if context is None else context
+        opened, known = here.get(OPENED), here.get(KNOWN)
         if isinstance(opened, list):
             opened.append(span)
+        if isinstance(known, dict):
+            span.known = known
         return span
 
     @contextmanager
