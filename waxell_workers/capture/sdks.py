@@ -238,7 +238,7 @@ SDKS = (
         ("llama-index-core",),
         (
             Instrumentor(
-                "",
+                "opentelemetry-instrumentation",
                 "waxell_workers.capture.llama_index",
                 entry_point="waxell_workers.capture.llama_index:LlamaIndexInstrumentor",
             ),
