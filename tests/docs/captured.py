@@ -73,7 +73,8 @@ def _tried(sdk: Sdk, said: dict[str, Any]) -> str:
     package = f"`{sdk.distributions[0]}`"
     if not said["tests"]:
         return f"{package}, not tried yet"
-    return f"{package} {said['oldest']} to {said['newest']} ([tests](../{said['tests']}))"
+    versions = " to ".join(filter(None, (said["oldest"], said["newest"])))
+    return f"{package} {versions} ([tests](../{said['tests']}))"
 
 
 def _instrumentors(sdk: Sdk) -> str:

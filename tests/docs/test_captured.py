@@ -43,9 +43,10 @@ def test_what_is_said_to_be_heard_has_shapes_that_try_it() -> None:
 
 @pytest.mark.parametrize("sdk", SDKS, ids=lambda sdk: sdk.name)
 def test_versions_are_named_only_where_they_were_tried(sdk) -> None:
-    """Both versions and the tests are there, or none; the oldest is that of the tests' environment."""
+    """Where there are tests there is a version; the oldest is that of the tests' environment."""
     said = captured()[sdk.name]
-    assert bool(said["tests"]) == bool(said["oldest"]) == bool(said["newest"])
+    assert bool(said["tests"]) == bool(said["newest"])
+    assert said["newest"] or not said["oldest"]
     if said["tests"]:
         assert (ROOT / said["tests"]).exists()
     if sdk.distributions[0] in PINNED:
