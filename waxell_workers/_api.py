@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from . import capture as capturing
 from .core.collector import Collector, Stats, configure, current, when_configured
 from .core.config import resolve
+from .core.errors import ConfigError
 from .core.flush import FlushResult
 from .core.runs import begin_step, current_run_id, record_reported_call, wants_content
 from .core.values import Redactor
 from .drain import Drain
+
+logger = logging.getLogger("waxell_workers")
 
 
 def init(
@@ -146,14 +150,19 @@ def _listen(collector: Collector) -> None:
     if not collector.active:
         capturing.uninstall()
         return
-    capturing.install(
-        collector.record_call,
-        names=settings.capture,
-        current_run=current_run_id,
-        wants_content=wants_content,
-        begin_step=begin_step,
-        step_sink=collector.record_step,
-    )
+    try:
+        capturing.install(
+            collector.record_call,
+            names=settings.capture,
+            current_run=current_run_id,
+            wants_content=wants_content,
+            begin_step=begin_step,
+            step_sink=collector.record_step,
+        )
+    except ConfigError as error:
+        if not collector.implicit:
+            raise
+        logger.error("no calls will be captured: %s", error)  # a variable must not fail the first task
 
 
 def _drain(collector: Collector) -> None:

@@ -221,6 +221,21 @@ def test_an_unusable_environment_switches_off_and_says_so(
     assert "WAXELL_FLUSH" in caplog.text
 
 
+def test_an_unknown_sdk_in_the_environment_switches_capture_off_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor for a name in `WAXELL_CAPTURE` that nobody knows: tasks are recorded, one error is logged."""
+    monkeypatch.setenv("WAXELL_API_URL", LOOPBACK)
+    monkeypatch.setenv("WAXELL_SPOOL_DIR", str(tmp_path))
+    monkeypatch.setenv("WAXELL_SHIPPER", "external")
+    monkeypatch.setenv("WAXELL_CAPTURE", "opnai")
+    waxell_workers.record_llm_call(model="m")
+    waxell_workers.record_llm_call(model="m")
+    assert waxell_workers.stats().recorded == 2
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "capture='opnai'" in caplog.text
+
+
 def test_init_creates_nothing(tmp_path: Path) -> None:
     """Configuring makes no file and no thread; the first record does."""
     threads = threading.active_count()
