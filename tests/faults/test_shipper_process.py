@@ -677,7 +677,7 @@ def test_it_holds_nothing_of_the_worker_s(server: FaultyServer, start: Start, tm
     def others() -> list[str]:
         return [name for name in descriptors(shipper.pid) if not is_own(name, spool)]
 
-    # Its own libraries open files in passing (the certificates of a TLS context); what is inherited stays open.
+    # Its libraries open files in passing (the certificates of a TLS context); what is inherited stays open.
     await_(lambda: not others(), f"end of {others()}", 10)
     assert terminal_of(shipper.pid) == 0
     assert shipper.cwd() == "/"
