@@ -13,6 +13,7 @@ import pytest
 import waxell_workers
 from tests.faulty import FaultyServer
 from tests.harness import environment
+from waxell_workers import _api
 from waxell_workers.core import collector as collecting
 from waxell_workers.core.config import DEFAULT_API_URL, Settings, is_loopback, origins, resolve
 from waxell_workers.core.errors import ConfigError, WaxellWorkersError
@@ -229,6 +230,7 @@ def test_an_unknown_sdk_in_the_environment_switches_capture_off_alone(
     monkeypatch.setenv("WAXELL_SPOOL_DIR", str(tmp_path))
     monkeypatch.setenv("WAXELL_SHIPPER", "external")
     monkeypatch.setenv("WAXELL_CAPTURE", "opnai")
+    monkeypatch.setattr(collecting, "_listeners", [_api._listen])
     waxell_workers.record_llm_call(model="m")
     waxell_workers.record_llm_call(model="m")
     assert waxell_workers.stats().recorded == 2
