@@ -15,6 +15,7 @@ import pytest
 
 from tests.capture_frameworks.hearing import MESSAGES, TOKENS, URL, Call, hearing, hearing_one
 from tests.capture_frameworks.server import CACHED, TEXT
+from waxell_workers.capture import nesting
 
 # isort: split
 import openai
@@ -88,6 +89,7 @@ def test_a_call_is_told_once(how: str) -> None:
     with hearing_one() as call:
         SYNC[how](FAKE)
     assert _by_langchain(call)
+    assert not call.is_left
 
 
 @pytest.mark.parametrize("how", ASYNC)
@@ -228,6 +230,19 @@ def test_nothing_is_left_behind() -> None:
         client.chat.completions.create(model="model", messages=MESSAGES)
         FAKE.invoke("Hi")
     assert [_by_openai(call) for call in calls] == [False, True, False]
+
+
+def test_what_is_over_is_let_go() -> None:
+    """The context keeps nothing of a call that has ended, however many there were."""
+    with hearing():
+        for _ in range(3):
+            FAKE.invoke("Hi")
+            ours().invoke("Hi")
+    place = nesting.innermost()
+    assert place is not None
+    assert not place.is_open
+    assert place.enclosing is None
+    assert not place.inner
 
 
 def test_an_answer_from_a_cache_is_no_call() -> None:

@@ -235,3 +235,27 @@ def test_what_interrupts_a_call_gets_out(
     with hearing_one() as call, pytest.raises(BaseException, match=r"now|[Cc]onnection"):
         PLAIN[provider]("model")
     assert call.status == "error"
+
+
+READERS = {
+    "mistral_ai": "mistralai._response_attributes_extractor._ResponseAttributesExtractor.get_attributes_from_response",
+    "groq": "groq._response_attributes_extractor._ResponseAttributesExtractor.get_attributes",
+    "together": "together._response_attributes_extractor._ResponseAttributesExtractor.get_attributes",
+    "ollama": "ollama._response_attributes_extractor._ResponseAttributesExtractor.get_attributes",
+}
+
+
+@pytest.mark.parametrize("provider", READERS)
+def test_an_interrupt_that_surfaces_in_an_instrumentor_gets_out(
+    provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They catch and log what comes while they read an answer: but a soft time limit gets out."""
+    stopped = type("SoftTimeLimitExceeded", (Exception,), {"__module__": "billiard.exceptions"})
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise stopped
+
+    monkeypatch.setattr(f"openinference.instrumentation.{READERS[provider]}", stop)
+    with hearing_one() as call, pytest.raises(stopped):
+        PLAIN[provider]("model")
+    assert call.model == "model"

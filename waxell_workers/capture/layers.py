@@ -22,7 +22,7 @@ from wrapt import FunctionWrapper
 
 from .calls import Listener, Message
 from .gates import Passage, gate
-from .openinference import OpenInferenceSpan
+from .openinference import OpenInferenceSpan, let_interrupts_out
 from .platform import platform_sdk_is_active
 from .sdks import Instrumentor, Sdk
 from .tracer import CallSpan, ListeningTracer, ListeningTracerProvider
@@ -76,6 +76,8 @@ class Layer:
             )
         if not ours.is_instrumented_by_opentelemetry:
             return False
+        if self._instrumentor.is_openinference:
+            let_interrupts_out(self._instrumentor.module)
         new = [found for found in _proxies(self._sdk.places) if id(found[2]) not in before]
         for owner, name, proxy in new:
             setattr(owner, name, self._gated_method(proxy))

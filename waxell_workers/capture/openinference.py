@@ -8,6 +8,8 @@ chains, agents, tools, retrievers and rerankers are not. Import this only once a
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 
 from opentelemetry.trace.status import Status, StatusCode
 
+from ..core.content import is_interrupt
 from . import semconv
 from .calls import Message
 from .tracer import CallSpan
@@ -39,6 +42,31 @@ class Part:
     name: str = ""
     id: str = ""
     arguments: Any = None
+
+
+class _LetInterruptsOut(logging.Filter):
+    """Raises again what an instrumentor has caught and is about to log, if it was to stop a task.
+
+    They guard all that they read of a call by `except Exception: logger.exception(…)`; and a soft time limit
+    is an `Exception` that may surface anywhere.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every message pass that is about anything else."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and is_interrupt(error):
+            raise error
+        return True
+
+
+_let_interrupts_out = _LetInterruptsOut()
+
+
+def let_interrupts_out(package: str) -> None:
+    """See to it that no module of an instrumentor's keeps a task from being stopped."""
+    for name in list(sys.modules):
+        if f"{name}.".startswith(f"{package}."):
+            logging.getLogger(name).addFilter(_let_interrupts_out)
 
 
 class OpenInferenceSpan(CallSpan):
