@@ -439,6 +439,35 @@ def test_a_run_config_without_sensitive_data_changes_no_number(
     assert [tokens(call) for call in records(LLMCall)] == [TOKENS] * len(models)
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_where_the_sdk_is_not_heard_spans_tell_the_calls(
+    server: ModelServer, models: list[str], records: Any, configure: Any, endpoint: str, streamed: bool
+) -> None:
+    """Given `capture` without openai, each request is a call by its span, with the same tokens and texts."""
+    configure(capture=("openai-agents",), capture_content=True)
+    with WaxellContext("task"):
+        asyncio.run(run(make("tool", lambda name: ENDPOINTS[endpoint](server, name)), streamed))
+        asyncio.run(run(make("error", lambda name: ENDPOINTS[endpoint](server, name)), streamed))
+    *calls, failed = sorted(records(LLMCall), key=lambda call: call.at)
+    assert len(calls) + 1 == len(models) == 3
+    # 0.2 tells the cached ones and those of reasoning of responses alone.
+    told = (TOKENS, (*TOKENS[:2], None, None)) if endpoint == "chat" else (TOKENS,)
+    assert all(tokens(call) in told for call in calls)
+    first, second = calls
+    assert [(one["name"], one["arguments"]) for one in first.tool_calls] == [("search", ARGUMENTS)]
+    assert first.prompt == second.prompt == "what the user said"
+    assert [message["role"] for message in second.messages][-1] == "tool"
+    assert second.messages[-1]["text"] == FOUND
+    assert second.response == TEXT
+    assert (failed.status, failed.error_type) == ("error", "openai.BadRequestError")
+    if endpoint == "responses":
+        assert first.response_model == f"{models[0]}-2026"
+        assert first.response_id.startswith("resp_")
+    else:
+        assert [call.model for call in (*calls, failed)] == models
+
+
 # -- models that no SDK of ours hears ----------------------------------------------------------------------
 
 
@@ -506,6 +535,27 @@ def test_tokens_that_nobody_told_are_none(records: Any) -> None:
         for work in (says_nothing, says_zero):
             asyncio.run(run(agent("Own", OwnModel(work))))
     assert [tokens(call) for call in records(LLMCall)] == [(None,) * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "model_impl", "told"),
+    [
+        ("anthropic/claude-x", "litellm", ("claude-x", "anthropic")),
+        ("gemini/g/x", "litellm", ("g/x", "gcp.gemini")),
+        ("claude-x", "litellm", ("claude-x", "")),
+        ("mine/claude-x", None, ("mine/claude-x", "")),
+        (None, None, ("unknown", "")),
+    ],
+)
+def test_a_name_that_begins_with_a_provider_says_it(
+    records: Any, model: str | None, model_impl: str | None, told: tuple[str, str]
+) -> None:
+    """Of a model of litellm's, provider and model are told apart, as those who know prices know them."""
+    config = {"model_impl": model_impl} if model_impl else None
+    with WaxellContext("task"), trace("t"), generation_span(model=model, model_config=config):
+        pass
+    (call,) = records(LLMCall)
+    assert (call.model, call.provider) == told
 
 
 def test_a_model_that_fails_is_a_failed_call(records: Any) -> None:
@@ -586,6 +636,29 @@ def test_agents_that_one_run_gathers_are_in_it(server: ModelServer, models: list
     assert sorted(step.name for step in steps) == ["agent: Worker"] * 3 + ["tool: search"] * 3
     assert len({step.position for step in steps}) == 6
     assert len(records(LLMCall)) == len(models) == 6
+
+
+def test_what_ends_elsewhere_is_where_it_began(records: Any) -> None:
+    """Given spans that end in another run than they began in, or in another thread, they are the first's."""
+    with WaxellContext("first") as first, trace("t"):
+        spans = [
+            custom_span("mine"),
+            generation_span(model="m"),
+            custom_span("last"),
+            generation_span(model="m"),
+        ]
+        for span in spans:
+            span.start()
+    with WaxellContext("second", capture_content=True):
+        spans[0].finish()
+        spans[1].finish()
+    thread = threading.Thread(target=lambda: [span.finish() for span in spans[2:]])
+    thread.start()
+    thread.join()
+    assert [step.name for step in records(Step)] == ["custom: mine", "custom: last"]
+    assert len(records(LLMCall)) == 2
+    assert {record.run_id for record in records(Step) + records(LLMCall)} == {first.run_id}
+    assert "data" not in records(Step)[0].output
 
 
 def test_the_users_steps_stand_among_ours(server: ModelServer, records: Any) -> None:

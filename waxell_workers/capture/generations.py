@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from . import semconv
+
 _INPUT = ("input_tokens", "prompt_tokens")
 _OUTPUT = ("output_tokens", "completion_tokens")
 
 
 def generation_fields(data: Any, wants_content: bool) -> dict[str, Any]:
     """Return what a generation span's data says; content only where it is wanted."""
-    model = text_of(get(data, "model"))
     # A streamed completion is told as one `Response`, dumped: its items are the output.
     output = [item for one in _list(get(data, "output")) for item in _list(get(one, "output")) or [one]]
     return {
-        "model": model or "unknown",
+        **_model(data),
         **_tokens(get(data, "usage")),
         **_content(_list(get(data, "input")), output, wants_content),
     }
@@ -37,11 +38,19 @@ def response_fields(data: Any, wants_content: bool) -> dict[str, Any]:
     return {
         "model": model or "unknown",
         "response_model": model,
-        "provider": "openai",
         "response_id": text_of(get(response, "id")) or text_of(get(data, "_response_id")),
         **_tokens(get(response, "usage") or get(data, "usage")),
         **_content(inputs, _list(get(response, "output")), wants_content),
     }
+
+
+def _model(data: Any) -> dict[str, str]:
+    """Return the model, and its provider where the name says that: litellm's do, `anthropic/claude-…`."""
+    model = text_of(get(data, "model"))
+    prefix, _, name = model.partition("/")
+    if name and get(get(data, "model_config"), "model_impl") == "litellm":
+        return {"model": name, "provider": semconv.PROVIDERS.get(prefix, prefix)}
+    return {"model": model or "unknown"}
 
 
 def get(value: Any, name: str) -> Any:
@@ -68,6 +77,7 @@ def _tokens(usage: Any) -> dict[str, int | None]:
         "tokens_in": tokens_in,
         "tokens_out": tokens_out,
         "tokens_cached": _number(read, "cached_tokens"),
+        "tokens_cache_written": _number(read, "cache_write_tokens"),
         "tokens_reasoning": _number(made, "reasoning_tokens"),
     }
 
