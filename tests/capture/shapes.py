@@ -87,6 +87,13 @@ class Row:
         has = metadata.version(distribution)
         return f"{distribution} {has} has no such call" if _numbers(has) < _numbers(since) else ""
 
+    @property
+    def is_whole_text(self) -> bool:
+        """Whether an answer that is heard whole says what it always says, or asks for the tool."""
+        special = {"calls", "each", "error", "seen"} & self.says.keys()
+        is_text = self.api["operation"] != "embeddings" and self.model not in ("refusal", "blocked")
+        return is_text and not special and not self.says["how"].startswith("automatic")
+
     def expected(self) -> list[dict[str, Any]]:
         """Return what must be heard: of each call the fields that the table settles."""
         if "calls" in self.says:

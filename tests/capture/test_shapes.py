@@ -9,11 +9,13 @@ import sys
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.providers.answers import ARGUMENTS, pieces_for
 from waxell_workers import capture
 
 from .shapes import Row, make, module_of, rows
@@ -21,9 +23,7 @@ from .shapes import Row, make, module_of, rows
 ROOT = Path(__file__).parents[2]
 
 # What the SDKs themselves, the oldest above all, do not do in time any more is nothing that we can act on.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::pydantic.PydanticDeprecatedSince20"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -116,26 +116,39 @@ def differences(heard: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("row", rows().values(), ids=lambda row: row.id)
-def test_a_call_is_heard_as_the_table_says(row: Row, origin: str, unheard: Unheard) -> None:
-    """One call for each that the caller made, with what the provider said and nothing else; the caller gets
-    the same result, or the same error, as in a process without us, and the server as many requests."""
-    if row.missing:
-        pytest.skip(row.missing)
-    module_of(row)
+@contextmanager
+def listening(*, wants_content: bool) -> Iterator[list[dict[str, Any]]]:
+    """Hear calls, in a list that grows."""
     calls: list[dict[str, Any]] = []
     capture.install(
         lambda **call: calls.append(call),
         names=None,
-        wants_content=lambda: False,
+        wants_content=lambda: wants_content,
         current_run=lambda: "the run",
     )
+    try:
+        yield calls
+    finally:
+        capture.uninstall()
+
+
+def skip_if_missing(row: Row) -> None:
+    if row.missing:
+        pytest.skip(row.missing)
+    module_of(row)
+
+
+@pytest.mark.parametrize("row", rows().values(), ids=lambda row: row.id)
+def test_a_call_is_heard_as_the_table_says(row: Row, origin: str, unheard: Unheard) -> None:
+    """One call for each that the caller made, with what the provider said and nothing else; the caller gets
+    the same result, or the same error, as in a process without us, and the server as many requests."""
+    skip_if_missing(row)
     ours, theirs = uuid.uuid4().hex, uuid.uuid4().hex
     unheard.begin(row, theirs)
     try:
-        saw = make(row, origin, ours)
+        with listening(wants_content=False) as calls:
+            saw = make(row, origin, ours)
     finally:
-        capture.uninstall()
         saw_unheard = unheard.saw()
     heard, expected = [told(call) for call in calls], row.expected()
     assert len(heard) == len(expected)
@@ -145,3 +158,23 @@ def test_a_call_is_heard_as_the_table_says(row: Row, origin: str, unheard: Unhea
             assert call["error_type"] == type_of_error(saw)
     assert saw == saw_unheard
     assert requests_of(origin, ours) == requests_of(origin, theirs) == row.requests
+
+
+TELLING = {(row.says["how"], row.is_async): row for row in rows().values() if row.is_whole_text}
+"""One row of each shape whose answer is a whole one, in words or a tool's call."""
+
+
+@pytest.mark.parametrize("row", TELLING.values(), ids=lambda row: row.id)
+def test_content_is_heard_where_it_is_wanted(row: Row, origin: str) -> None:
+    """What was asked, and what came back whole: the text, however it was streamed, or a tool's arguments."""
+    skip_if_missing(row)
+    with listening(wants_content=True) as calls:
+        make(row, origin, uuid.uuid4().hex)
+    (call,) = calls
+    (of_table,) = row.expected()
+    assert call["prompt"] in ("Say hello.", "Hello", "Weather?")
+    assert call["messages"][-1] == {"role": "user", "text": call["prompt"]}
+    asked_for = [(tool["name"], tool["arguments"]) for tool in call.get("tool_calls", [])]
+    assert asked_for == [(name, ARGUMENTS) for name in of_table["tools"]]
+    if not of_table["tools"]:
+        assert call["response"] == "".join(pieces_for(row.model))
