@@ -183,7 +183,7 @@ def _anthropic(model: str) -> Json:
 
 
 _BEDROCK_USAGE = {
-    "inputTokens": TOKENS_IN,
+    "inputTokens": TOKENS_IN - CACHED,
     "outputTokens": TOKENS_OUT,
     "totalTokens": TOKENS_IN + TOKENS_OUT,
     "cacheReadInputTokens": CACHED,

@@ -25,7 +25,7 @@ from .gates import Passage, gate
 from .openinference import OpenInferenceSpan, let_interrupts_out
 from .platform import platform_sdk_is_active
 from .sdks import Instrumentor, Sdk
-from .tracer import CallSpan, ListeningTracer, ListeningTracerProvider
+from .tracer import CachedApartSpan, CallSpan, ListeningTracer, ListeningTracerProvider
 
 try:
     from opentelemetry.util.genai import completion_hook
@@ -235,6 +235,8 @@ def _start(sdk: Sdk, chosen: Instrumentor) -> list[Layer]:
 def _tracer(sdk: Sdk, instrumentor: Instrumentor) -> ListeningTracer:
     tracer = ListeningTracer()
     tracer.is_framework = sdk.is_framework
+    if instrumentor.counts_cached_apart:
+        tracer.span_class = CachedApartSpan
     if instrumentor.is_openinference:
         facts = {"provider": sdk.provider, "has_prefixed_models": sdk.has_prefixed_models}
         tracer.span_class = type(OpenInferenceSpan.__name__, (OpenInferenceSpan,), facts)

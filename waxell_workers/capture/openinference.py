@@ -132,7 +132,9 @@ class OpenInferenceSpan(CallSpan):
         }
         found.update({ours: told[theirs] for theirs, ours in _COUNTS.items() if theirs in told})
         if semconv.OI_FINISH_REASON in told:
-            found[semconv.FINISH_REASONS] = (str(told[semconv.OI_FINISH_REASON]),)
+            # Where it is an enumeration's member, as Gemini's, some are told as `FinishReason.STOP`.
+            reason = str(told[semconv.OI_FINISH_REASON]).removeprefix("FinishReason.")
+            found[semconv.FINISH_REASONS] = (reason,)
         self.content = (
             _messages(told, semconv.OI_INPUT_MESSAGES),
             _messages(told, semconv.OI_OUTPUT_MESSAGES),

@@ -8,7 +8,7 @@ come first, OpenInference's after them.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
@@ -29,6 +29,8 @@ class Instrumentor:
     """`module:class`, where it has no entry point: it is ours."""
     is_openinference: bool = False
     """True if its spans are described by OpenInference's attributes."""
+    counts_cached_apart: bool = False
+    """True if cached tokens are not among the tokens in that it tells."""
 
     def is_installed(self) -> bool:
         """True if it can be imported, as far as one can tell without doing it."""
@@ -119,6 +121,8 @@ def _openinference(name: str, entry_point: str = "") -> Instrumentor:
     )
 
 
+_BEDROCK = replace(_genai("bedrock"), counts_cached_apart=True)
+
 _COMPLETIONS = Instrumentor(
     "opentelemetry-util-genai",
     "waxell_workers.capture.completions",
@@ -166,7 +170,7 @@ SDKS = (
         "bedrock",
         "botocore.client",
         ("boto3", "botocore", "aiobotocore"),
-        (_genai("bedrock"), _openinference("bedrock")),
+        (_BEDROCK, _openinference("bedrock")),
         ("botocore.client", "aiobotocore.client"),
         is_common=True,
     ),

@@ -180,6 +180,16 @@ def _is_left(fields: Mapping[str, Any]) -> bool:
     return bool(fields["streamed"] and fields["status"] == "ok" and not fields["finish_reason"])
 
 
+class CachedApartSpan(CallSpan):
+    """A span that is told tokens as Bedrock counts them: the cached ones are not among the others."""
+
+    def _read(self) -> Mapping[str, Any]:
+        told = self._attributes
+        cached = sum(told.get(name) or 0 for name in (semconv.CACHED_TOKENS, *semconv.CACHE_WRITTEN_TOKENS))
+        found = told.get(semconv.INPUT_TOKENS)
+        return told if found is None else {**told, semconv.INPUT_TOKENS: found + cached}
+
+
 class ListeningTracer(trace.Tracer):
     """Opens `CallSpan`s for the listener that is set at that moment."""
 
