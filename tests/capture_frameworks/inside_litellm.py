@@ -16,6 +16,7 @@ from tests.capture_frameworks.server import CACHED, TEXT, Handler
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks GitHub for prices
 # isort: split
 import litellm
+from langchain_core.language_models import FakeListChatModel
 
 litellm.suppress_debug_info = True
 
@@ -125,6 +126,18 @@ def test_a_model_by_position_is_unknown() -> None:
     with hearing_one() as call:
         litellm.completion("mistral/model", MESSAGES, api_base=URL, api_key="x")
     assert (call.model, call.tokens) == ("unknown", TOKENS)
+
+
+def test_it_inside_langchain_is_told_once() -> None:
+    """By litellm, which knows more."""
+
+    class Over(FakeListChatModel):
+        def _call(self, *args: Any, **kwargs: Any) -> str:
+            return str(litellm.completion(**_ask("anthropic/model")).choices[0].message.content)
+
+    with hearing_one() as call:
+        assert Over(responses=[""]).invoke("Hi").content == TEXT
+    assert (call.model, call.provider, call.tokens) == ("model", "anthropic", TOKENS)
 
 
 def test_an_sdk_beside_it_is_heard() -> None:

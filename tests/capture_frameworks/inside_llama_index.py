@@ -15,6 +15,8 @@ from tests.capture_frameworks.server import TEXT
 
 # isort: split
 import openai
+from langchain_core.language_models import FakeListChatModel
+from langchain_openai import ChatOpenAI
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import ChatMessage, ChatResponse, MockLLM
@@ -150,6 +152,26 @@ def test_a_query_engine() -> None:
     operations = ["embeddings", "embeddings", "chat", "embeddings", "chat"]
     assert [call.operation for call in calls] == operations
     assert [_by_openai(call) for call in calls if call.operation == "chat"] == [False, True]
+
+
+def test_a_framework_in_a_framework() -> None:
+    """A model of llama-index's that asks langchain's, which may ask openai: one call, told by the last."""
+
+    def ask(inner: Any) -> None:
+        class Over(MockLLM):
+            @llm_chat_callback()
+            def chat(self, messages: Any, **kwargs: Any) -> ChatResponse:
+                answer = str(inner.invoke("Hi").content)
+                return ChatResponse(message=ChatMessage(role="assistant", content=answer))
+
+        Over().chat(CHAT)
+
+    with hearing_one() as call:
+        ask(ChatOpenAI(model="gpt-4", base_url=f"{URL}/v1", api_key="x", max_retries=0))
+    assert _by_openai(call)
+    with hearing_one() as call:
+        ask(FakeListChatModel(responses=["Fine"]))
+    assert (call.provider, call.response) == ("fakelistchatmodel", "Fine")
 
 
 def test_nothing_is_left_behind() -> None:

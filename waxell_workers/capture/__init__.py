@@ -110,7 +110,7 @@ _under_way: set[str] = set()
 def _instrument(sdk: Sdk) -> None:
     """Let the listener hear an SDK. This runs inside an import of the user's, and must not fail it."""
     listener = _listener
-    if listener is None or platform_sdk_is_active():
+    if listener is None or platform_sdk_is_active() or (sdk.is_common and sdk.instrumentor() is None):
         return
     _under_way.add(sdk.name)
     try:
@@ -119,8 +119,6 @@ def _instrument(sdk: Sdk) -> None:
         if is_interrupt(error):
             raise
         if _is_missing(sdk, error):
-            if sdk.is_common:
-                return
             _say(sdk, "its instrumentor is missing; %s", sdk.install_command)
         else:
             _say(sdk, "it does not suit its instrumentor (%s: %s)", type(error).__name__, error)
