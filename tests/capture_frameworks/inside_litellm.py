@@ -16,6 +16,7 @@ from tests.capture_frameworks.server import CACHED, TEXT, Handler
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks GitHub for prices
 # isort: split
 import litellm
+import openai
 from langchain_core.language_models import FakeListChatModel
 
 litellm.suppress_debug_info = True
@@ -128,6 +129,21 @@ def test_a_model_by_position_is_unknown() -> None:
     assert (call.model, call.tokens) == ("unknown", TOKENS)
 
 
+def test_an_sdk_inside_it_is_told_instead() -> None:
+    """Where litellm's provider asks through an SDK that is heard: that knows the model and the request's id."""
+    client = openai.OpenAI(base_url=URL, api_key="x")
+
+    class Own(litellm.CustomLLM):
+        def completion(self, *args: Any, **kwargs: Any) -> Any:
+            answer = client.chat.completions.create(model="direct", messages=MESSAGES)
+            return litellm.ModelResponse(**answer.model_dump())
+
+    litellm.custom_provider_map = [{"provider": "own", "custom_handler": Own()}]
+    with hearing_one() as call:
+        litellm.completion(**_ask("own/model"))
+    assert (call.model, call.response_id, call.tokens) == ("direct", "chat-1", TOKENS)
+
+
 def test_it_inside_langchain_is_told_once() -> None:
     """By litellm, which knows more."""
 
@@ -142,8 +158,6 @@ def test_it_inside_langchain_is_told_once() -> None:
 
 def test_an_sdk_beside_it_is_heard() -> None:
     """A call through the SDK itself is told by the SDK's instrumentor, before and after litellm's."""
-    import openai
-
     client = openai.OpenAI(base_url=URL, api_key="x")
     with hearing() as calls:
         client.chat.completions.create(model="direct", messages=MESSAGES)
