@@ -130,7 +130,7 @@ def test_a_model_by_position_is_unknown() -> None:
 
 
 def test_an_sdk_inside_it_is_told_instead() -> None:
-    """Where litellm's provider asks through an SDK that is heard: that knows the model and the request's id."""
+    """Where a provider of litellm's asks through an SDK that is heard: that knows the model and the id."""
     client = openai.OpenAI(base_url=URL, api_key="x")
 
     class Own(litellm.CustomLLM):
