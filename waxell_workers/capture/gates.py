@@ -18,7 +18,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Coroutine
-from contextvars import Token
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from wrapt import ObjectProxy
 
 from . import semconv
 from .calls import BUGS, billed_attributes
+from .streams import link
 from .tracer import KNOWN, OPENED
 
 _logger = logging.getLogger("waxell_workers.capture")
@@ -59,10 +60,18 @@ def detach(token: Token[Context]) -> None:
 class _Method:
     """The SDK's method, to be called in the caller's context and, where that matters, with its values."""
 
-    __slots__ = ("__wrapped__", "called", "context", "kept", "opened", "result", "returned", "shown")
+    __slots__ = (
+        *("__wrapped__", "called", "context", "kept", "opened", "result", "returned", "shown", "values"),
+        "variables",
+    )
 
     def __init__(
-        self, wrapped: Callable[..., Any], context: Context, kept: dict[str, Any], opened: list[Any]
+        self,
+        wrapped: Callable[..., Any],
+        context: Context,
+        kept: dict[str, Any],
+        opened: list[Any],
+        variables: tuple[ContextVar[Any], ...],
     ) -> None:
         self.__wrapped__ = wrapped  # where `inspect.signature` looks, which the instrumentor asks
         self.context = context
@@ -70,6 +79,8 @@ class _Method:
         self.called = False
         self.returned = False
         self.opened = opened
+        self.variables = variables
+        self.values: list[tuple[ContextVar[Any], Any]] = []
         self.result: Any = None
         self.shown: Any = None
         """What the instrumentor gets for the result, where that is something else."""
@@ -87,8 +98,7 @@ class _Method:
         # Asked of what came back: a decorator of the SDK's may hide that a method is a coroutine function.
         if inspect.iscoroutine(result):
             return self._awaited(result, kwargs)
-        self.result = result
-        self.returned = True
+        self._has_returned(result)
         return self._show(result)
 
     def _note(self, error: BaseException) -> None:
@@ -109,13 +119,23 @@ class _Method:
 
     def given(self, heard: Any) -> Any:
         """Return what the caller gets, where the instrumentor returns `heard`."""
-        return self.result if heard is None or heard is self.shown else heard
+        for variable, value in self.values:
+            variable.set(value)
+        if heard is None or heard is self.shown:
+            return self.result
+        link(heard, self.result)
+        return heard
+
+    def _has_returned(self, result: Any) -> None:
+        self.result = result
+        self.values = [(variable, variable.get(None)) for variable in self.variables]
+        self.returned = True
 
     async def _awaited(self, coroutine: Coroutine[Any, Any, Any], kwargs: dict[str, Any]) -> Any:
         token = attach(self.context)
         try:
-            self.result = result = await coroutine
-            self.returned = True
+            result = await coroutine
+            self._has_returned(result)
         except BaseException as error:
             self._note(error)
             raise
@@ -141,6 +161,8 @@ class Passage:
     """Arguments that the instrumentor changes: it gets a copy, and the SDK what the caller gave."""
     has_managers: bool = False
     """True if a method named `stream` returns a manager, and makes its call when that is entered."""
+    variables: tuple[ContextVar[Any], ...] = ()
+    """What an instrumentor reads after a call, and clears, though another one may want to read it then."""
 
 
 class _Call:
@@ -157,17 +179,22 @@ class _Call:
         known = _known(instance, is_stream=bool(kwargs.get("stream")))
         self.inside = Context({**_without_open_calls(self.outside), OPENED: self.opened, KNOWN: known})
         kept = {name: kwargs[name] for name in passage.kept if name in kwargs}
-        self.method = _Method(wrapped, _marked(self.outside, passage.mark), kept, self.opened)
+        self.method = _Method(
+            wrapped, _marked(self.outside, passage.mark), kept, self.opened, passage.variables
+        )
 
     def run(self, wrapper: Wrapper, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the wrapper in its context; what it returns may be a coroutine that has not begun."""
+        result = None
         token = attach(self.inside)
         try:
             kept = self.method.kept
             seen = {**kwargs, **{name: copy.copy(value) for name, value in kept.items()}} if kept else kwargs
             result = wrapper(self.method, instance, args, seen)
+            _suspend(result, self.opened)
             return self.method.given(result) if self.method.returned else result
         except BaseException as error:
+            _suspend(result, self.opened)
             if not self._is_defect(error):
                 self._fail(error)
                 raise
@@ -183,11 +210,14 @@ class _Call:
     ) -> Any:
         """Await what the wrapper returned, in its context."""
         method = self.method
+        result = None
         token = attach(self.inside)
         try:
             result = await coroutine
+            _suspend(result, self.opened)
             return method.given(result)
         except BaseException as error:
+            _suspend(result, self.opened)
             if not self._is_defect(error):
                 self._fail(error)
                 raise
@@ -200,8 +230,7 @@ class _Call:
 
     def restore(self) -> None:
         """Make the caller's context current again, if an interrupt has prevented that."""
-        if get_current() is self.inside:
-            attach(self.outside)
+        _restore(self.outside, self.opened)
 
     def _is_defect(self, error: BaseException) -> bool:
         """True for an error of the instrumentor's own; not for one of the SDK's, nor for an interrupt."""
@@ -219,6 +248,28 @@ class _Call:
                 span.end()
 
 
+def _restore(outside: Context, opened: list[Any]) -> None:
+    """Make a caller's context current again, where one of the call that opened these spans still is.
+
+    That need not be the one we made: the instrumentor makes its own of it, and may leave that to us.
+    """
+    if get_current().get(OPENED) is opened:
+        attach(outside)
+
+
+def _suspend(result: Any, opened: list[Any]) -> None:
+    """Let a stream, its manager or a raw response not restore our context at its end: that is over by then.
+
+    Anthropic's instrumentor (1.3b0) leaves its context attached until then; the others do this themselves.
+    """
+    if not isinstance(result, ObjectProxy):
+        return
+    invocation = getattr(result, "_self_invocation", None)
+    span = getattr(invocation, "span", None)
+    if any(span is ours for ours in opened):
+        invocation.suspend()  # type: ignore[union-attr]  # it has a span
+
+
 def gate(wrapper: Wrapper, passage: Passage) -> Wrapper:
     """Return a wrapper, in wrapt's sense, that isolates `wrapper` from all others.
 
@@ -232,7 +283,7 @@ def gate(wrapper: Wrapper, passage: Passage) -> Wrapper:
     ) -> Any:
         if _is_inside(passage.mark) or not passage.is_open():
             return wrapped(*args, **kwargs)
-        if passage.has_managers and wrapped.__name__ == "stream":
+        if passage.has_managers and getattr(wrapped, "__name__", "") == "stream":
             return _manager_gate(wrapper, wrapped, instance, args, kwargs, passage.mark)
         call = _Call(passage, wrapped, instance, kwargs)
         try:
@@ -295,14 +346,30 @@ def _say_defect(error: BaseException) -> None:
 
 
 class _Doorway:
-    """Hands the context of the caller who enters from the outer proxy to the inner one."""
+    """Between the proxies of one manager: the caller's context, and how far the SDK has come."""
 
-    __slots__ = ("context", "known", "mark")
+    __slots__ = ("called", "context", "known", "manager", "mark", "opened", "returned", "stream")
 
     def __init__(self, mark: str, known: dict[str, Any]) -> None:
         self.mark = mark
         self.known = known
         self.context = Context()
+        self.opened: list[Any] = []
+        self.manager: Any = None
+        """The SDK's, once there is one."""
+        self.called = False
+        self.returned = False
+        self.stream: Any = None
+
+    def is_defect(self, error: BaseException) -> bool:
+        """True for an error of the instrumentor's own; not for one of the SDK's, nor for an interrupt."""
+        return isinstance(error, BUGS) and (self.returned or not self.called)
+
+    def answer(self, stream: Any) -> Any:
+        """Note what the SDK's manager returned."""
+        self.stream = _unmarked(stream)
+        self.returned = True
+        return self.stream
 
 
 def _manager_gate(
@@ -316,9 +383,18 @@ def _manager_gate(
     doorway = _Doorway(mark, _known(instance, is_stream=True))
 
     def method(*args: Any, **kwargs: Any) -> Any:
-        return _Inner(wrapped(*args, **kwargs), doorway)
+        doorway.called = True
+        doorway.manager = wrapped(*args, **kwargs)
+        doorway.called = False
+        return _Inner(doorway.manager, doorway)
 
-    return _Outer(wrapper(method, instance, args, kwargs), doorway)
+    try:
+        return _Outer(wrapper(method, instance, args, kwargs), doorway)
+    except BaseException as error:
+        if not doorway.is_defect(error):
+            raise
+        _say_defect(error)
+    return wrapped(*args, **kwargs) if doorway.manager is None else doorway.manager
 
 
 class _Manager(ObjectProxy):  # type: ignore[type-arg]  # generic for type checkers alone
@@ -339,39 +415,79 @@ class _Outer(_Manager):
     """What the caller gets: our manager, entered in a context in which no call is open."""
 
     def __enter__(self) -> Any:
-        token = self._enter()
+        outside = get_current()
+        doorway = self._self_doorway
         try:
-            return _unmarked(self.__wrapped__.__enter__())
-        finally:
-            detach(token)
+            token = self._enter(outside)
+            try:
+                stream = self.__wrapped__.__enter__()
+                _suspend(self.__wrapped__, doorway.opened)
+                return _unmarked(stream)
+            finally:
+                detach(token)
+        except BaseException as error:
+            _suspend(self.__wrapped__, doorway.opened)
+            if not self._steps_aside(error, outside):
+                raise
+        return doorway.stream if doorway.returned else doorway.manager.__enter__()
 
     async def __aenter__(self) -> Any:
-        token = self._enter()
-        try:
-            return _unmarked(await self.__wrapped__.__aenter__())
-        finally:
-            detach(token)
-
-    def _enter(self) -> Token[Context]:
         outside = get_current()
-        self._self_doorway.context = _marked(outside, self._self_doorway.mark)
-        return attach(Context({**_without_open_calls(outside), KNOWN: self._self_doorway.known}))
+        doorway = self._self_doorway
+        try:
+            token = self._enter(outside)
+            try:
+                stream = await self.__wrapped__.__aenter__()
+                _suspend(self.__wrapped__, doorway.opened)
+                return _unmarked(stream)
+            finally:
+                detach(token)
+        except BaseException as error:
+            _suspend(self.__wrapped__, doorway.opened)
+            if not self._steps_aside(error, outside):
+                raise
+        return doorway.stream if doorway.returned else await doorway.manager.__aenter__()
+
+    def _enter(self, outside: Context) -> Token[Context]:
+        doorway = self._self_doorway
+        doorway.context = _marked(outside, doorway.mark)
+        inside = {**_without_open_calls(outside), OPENED: doorway.opened, KNOWN: doorway.known}
+        return attach(Context(inside))
+
+    def _steps_aside(self, error: BaseException, outside: Context) -> bool:
+        """Leave the caller alone with the SDK's manager; False for an error that is no defect."""
+        doorway = self._self_doorway
+        _restore(outside, doorway.opened)
+        if not doorway.is_defect(error):
+            for span in doorway.opened:
+                span.fail(error)
+            return False
+        _say_defect(error)
+        self.__wrapped__ = doorway.manager
+        for span in doorway.opened:
+            if span.is_open:
+                span.end()
+        return True
 
 
 class _Inner(_Manager):
     """What our manager gets: the SDK's (or the user's), entered in the caller's context."""
 
     def __enter__(self) -> Any:
-        token = attach(self._self_doorway.context)
+        doorway = self._self_doorway
+        doorway.called = True
+        token = attach(doorway.context)
         try:
-            return _unmarked(self.__wrapped__.__enter__())
+            return doorway.answer(self.__wrapped__.__enter__())
         finally:
             detach(token)
 
     async def __aenter__(self) -> Any:
-        token = attach(self._self_doorway.context)
+        doorway = self._self_doorway
+        doorway.called = True
+        token = attach(doorway.context)
         try:
-            return _unmarked(await self.__wrapped__.__aenter__())
+            return doorway.answer(await self.__wrapped__.__aenter__())
         finally:
             detach(token)
 

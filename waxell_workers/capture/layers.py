@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -100,11 +101,17 @@ class Layer:
         plain function it leaves alone.
         """
         mark = self._sdk.name if self._sdk.calls_itself else ""
-        passage = Passage(self._is_open, mark, self._sdk.kept, self._sdk.has_managers)
+        passage = Passage(self._is_open, mark, self._sdk.kept, self._sdk.has_managers, _variables(self._sdk))
         return _plain(proxy.__wrapped__, gate(proxy._self_wrapper, passage))
 
     def _is_open(self) -> bool:
         return self._provider.tracer.listener is not None and not platform_sdk_is_active()
+
+
+def _variables(sdk: Sdk) -> tuple[ContextVar[Any], ...]:
+    named = (name.partition(":") for name in sdk.variables)
+    found = (getattr(sys.modules.get(module), name, None) for module, _, name in named)
+    return tuple(variable for variable in found if isinstance(variable, ContextVar))
 
 
 def _own_class(instrumentor: Instrumentor) -> type[Any]:

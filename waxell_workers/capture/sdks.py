@@ -83,6 +83,8 @@ class Sdk:
     """True if a method of the SDK that makes a call may be made of others that make it."""
     kept: tuple[str, ...] = ()
     """Arguments that the instrumentor would change."""
+    variables: tuple[str, ...] = ()
+    """Context variables (`module:name`) that the instrumentor reads after a call, and clears."""
     heard_by: str = "waxell_workers.capture.layers"
     """The module of ours whose `listen` and `release` see to it."""
     has_managers: bool = False
@@ -165,6 +167,7 @@ SDKS = (
         extra="google-genai",
         calls_itself=False,  # but its tools do, and theirs are calls of their own
         kept=("config",),
+        variables=("opentelemetry.instrumentation.google_genai.embeddings:_RAW_RESPONSE_BODY",),
     ),
     Sdk(
         "bedrock",
