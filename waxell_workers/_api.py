@@ -168,7 +168,7 @@ def _listen(collector: Collector) -> None:
 def _drain(collector: Collector) -> None:
     settings = collector.settings
     if collector.others is None and settings.observe and settings.drain:
-        collector.others = Drain(settings.drain)
+        collector.others = Drain(settings.drain, lambda: collector.journal.directory)
 
 
 when_configured(_listen)

@@ -16,7 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import msgspec
+
 from .core.content import is_interrupt
+from .core.sidefile import append
 from .core.tally import Tally
 
 logger = logging.getLogger("waxell_workers")
@@ -133,8 +136,9 @@ class _Flush:
 class _Tracer:
     """One tracer in one process: which of its flushes are under way, and how the others have ended."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, directory: Callable[[], str]) -> None:
         self.name = name
+        self._directory = directory
         self.ends = {"flushed": Tally(), "failed": Tally(), "late": Tally()}
         self._under_way: list[_Flush] = []
         self._told: set[str] = set()
@@ -176,17 +180,44 @@ class _Tracer:
         if reason and end not in self._told:
             self._told.add(end)
             logger.log(level, "drain: %s %s: %s", self.name, _SAID[end], reason)
+            if level == logging.WARNING:
+                _write_down(self._directory(), self.name, end, reason)
         self.ends[end].add()
 
 
 _SAID = {"failed": "could not be flushed", "late": "was not flushed in time"}
 
 
+LOG = "drain.log"
+"""Beside the journal: the first failure and the first lateness of each process, a line of JSON each."""
+_LOG_BYTES = 256 << 10
+_REASON_CHARACTERS = 200
+
+
+def _write_down(directory: str, name: str, end: str, reason: str) -> None:
+    """Leave word for the doctor, who runs in another process."""
+    if not directory:
+        return
+    said = {"at": time.time(), "pid": os.getpid(), "tracer": name, "end": end}
+    line = msgspec.json.encode({**said, "reason": reason[:_REASON_CHARACTERS]})
+    try:
+        append(f"{directory}/{LOG}", line + b"\n", _LOG_BYTES)
+    except OSError:  # it was logged
+        pass
+
+
 class Drain:
     """Flushes the tracers of these names, as the core's `OtherTracers`."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], directory: Callable[[], str] = str) -> None:
+        """Flush these tracers.
+
+        Args:
+            names: some of `core.values.DRAINABLE`.
+            directory: returns the journal's, or an empty string.
+        """
         self._names = tuple(names)
+        self._directory = directory
         self._processes: dict[int, list[_Tracer]] = {}
 
     @property
@@ -194,7 +225,7 @@ class Drain:
         # A forked child begins anew: the flushes of its parent are not under way in it.
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(
-            pid, [_Tracer(name) for name in self._names]
+            pid, [_Tracer(name, self._directory) for name in self._names]
         )
 
     def begin(self, deadline: float) -> Callable[[], None]:

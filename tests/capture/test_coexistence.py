@@ -1,8 +1,8 @@
 """A user who instruments an SDK as we do loses nothing by us, and we nothing by them.
 
 Who wrapped first is settled for the life of a process, so each order runs in a process of its own: this file,
-run as a script, makes the table's calls and prints what the user's OpenTelemetry and our sink got. HTTP spans,
-metrics and `uninstrument()` are in `unit/test_capture_coexistence.py`.
+run as a script, makes the table's calls and prints what the user's OpenTelemetry and our sink got. HTTP
+spans, metrics and `uninstrument()` are in `unit/test_capture_coexistence.py`.
 """
 
 from __future__ import annotations

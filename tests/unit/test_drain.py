@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -404,3 +405,40 @@ def test_the_doctor_says_who_is_flushed(monkeypatch, names, present, said):
     assert [finding.status for finding in found] == [status for status, _ in said]
     assert all(text in finding.text for finding, (_, text) in zip(found, said, strict=True))
     assert all(finding.advice for finding in found if finding.status == "warn")
+
+
+# -- the doctor --------------------------------------------------------------------------------
+
+
+def test_the_doctor_tells_of_what_went_wrong_in_workers(monkeypatch, tmp_path):
+    """Given a flush that is late and one that fails in another process, the doctor names both, with the last
+    reason; not what is older than a day, nor half a line."""
+    settings = Settings(api_url="http://127.0.0.1:9", spool_dir=str(tmp_path), drain=(OTEL,))
+    situation = Situation(settings, {})
+    os.makedirs(situation.directory)
+    late = drain.Drain([OTEL], lambda: situation.directory)
+    gate = threading.Event()
+    monkeypatch.setattr(drain, "TRACERS", {OTEL: lambda: [lambda _: gate.wait(LONG_S)]})
+    late.begin(time.monotonic() + 0.01)()
+    late.begin(time.monotonic() + 0.01)()  # told once for a process
+    gate.set()
+    failing = drain.Drain([OTEL], lambda: situation.directory)
+    monkeypatch.setattr(drain, "TRACERS", {OTEL: lambda: [lambda _: 1 / 0]})
+    failing.begin(time.monotonic() + LONG_S)()
+    log = Path(situation.directory, drain.LOG)
+    await_(lambda: "failed" in log.read_text(), "word of the failure", LONG_S)
+    with log.open("a") as file:
+        file.write('{"at":1.0,"pid":1,"tracer":"openai-agents","end":"late","reason":"old"}\n{"at":')
+    texts = [finding.text for finding in doctor.check(situation) if finding.status == "warn"]
+    assert len(texts) == 2
+    assert texts[0].startswith(f"{OTEL}: flushes failed in 1 processes of the last day ")
+    assert texts[0].endswith("ZeroDivisionError: division by zero")
+    assert texts[1].startswith(f"{OTEL}: flushes were late in 1 processes of the last day")
+
+
+def test_word_that_cannot_be_left_fails_nobody(monkeypatch, tmp_path):
+    """Given a spool that has gone, a flush that fails is counted all the same."""
+    flushing = drain.Drain([OTEL], lambda: str(tmp_path / "gone"))
+    monkeypatch.setattr(drain, "TRACERS", {OTEL: lambda: [lambda _: 1 / 0]})
+    flushing.begin(time.monotonic() + LONG_S)()
+    await_(lambda: flushing.counts()[OTEL]["failed"] == 1, "count of the failure", LONG_S)

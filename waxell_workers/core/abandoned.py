@@ -31,6 +31,8 @@ _SLICE_S = 0.05
 """How long a shipper counts what it will remove, before it looks after its own journal again."""
 _COUNTED_AT_ONCE = 500
 _NOTICE = "unused"
+_REMAINS = ("reserve", "shipper.db", "shipper.db-wal", "shipper.db-shm", "drain.log", "drain.log.1")
+"""What goes with the last segment."""
 _DAY_S = 86_400
 
 
@@ -173,7 +175,7 @@ def _remove(directory: str, procs: Procs, before: dict[int, int], used: float) -
     for number in before:
         os.unlink(segment_path(directory, number))
     remove_parked(directory)
-    for name in ("reserve", "shipper.db", "shipper.db-wal", "shipper.db-shm", _NOTICE):
+    for name in (*_REMAINS, _NOTICE):
         _unlink(f"{directory}/{name}")
     logger.warning(
         "%d records removed (spool_max_age): nobody has used the destination %s for %.1f days",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 
 import msgspec
@@ -11,6 +9,7 @@ import msgspec
 from .encoding import to_json
 from .records import Record
 from .room import with_room
+from .sidefile import append
 
 FILE_BYTES = 16 << 20
 """Of each of the two files, about."""
@@ -24,16 +23,5 @@ def keep(directory: str, record: Record, reason: str) -> str:
     """
     line = msgspec.json.encode({"reason": reason, "at": time.time(), "record": msgspec.Raw(to_json(record))})
     path = f"{directory}/quarantine.ndjson"
-    with_room(directory, lambda: _append(path, line + b"\n"))
+    with_room(directory, lambda: append(path, line + b"\n", FILE_BYTES))
     return path
-
-
-def _append(path: str, line: bytes) -> None:
-    if os.path.exists(path) and os.path.getsize(path) > FILE_BYTES:
-        os.replace(path, f"{path}.1")
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if os.write(descriptor, line) != len(line):
-            raise OSError(errno.ENOSPC, "a line was written in part", path)
-    finally:
-        os.close(descriptor)
