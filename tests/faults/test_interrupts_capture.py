@@ -1,6 +1,6 @@
-"""Interrupts while a call of the OpenAI SDK is heard: as it starts, while it streams, as it ends.
+"""Interrupts while a call of an SDK is heard: as it starts, while it streams, as it ends.
 
-The SDK and its instrumentor are the real ones, the model is the stand-in.
+The SDKs and their instrumentors are the real ones, the models are stand-ins.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
+from google import genai
+from google.genai import types
 from opentelemetry.context import get_current
 
 from tests.faults.interrupting import KINDS, Interrupt, Kind, armed, left_behind, locked, open_runs, sweep
@@ -47,6 +50,37 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
     http = httpx.Client(event_hooks={"response": [note]})
     with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, http_client=http) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def providers() -> Iterator[str]:
+    command = [sys.executable, "-m", "tests.providers.server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def claude(providers: str) -> Iterator[anthropic.Anthropic]:
+    def note(response: Any) -> None:
+        answered.add(json.loads(response.request.content)["model"])
+
+    answered.clear()
+    http = anthropic.DefaultHttpxClient(event_hooks={"response": [note]})
+    with anthropic.Anthropic(base_url=providers, api_key="none", max_retries=0, http_client=http) as client:
+        yield client
+
+
+@pytest.fixture
+def gemini(providers: str) -> genai.Client:
+    def note(response: Any) -> None:
+        answered.add(response.request.url.path.rpartition("/")[2].partition(":")[0])
+
+    answered.clear()
+    options = types.HttpOptions(base_url=providers, client_args={"event_hooks": {"response": [note]}})
+    return genai.Client(api_key="none", http_options=options)
 
 
 @pytest.fixture(params=["celery", "dramatiq"] if LONG else ["celery"])
@@ -82,6 +116,25 @@ def error(client: openai.OpenAI, model: str) -> None:
         )
 
 
+def messages(client: anthropic.Anthropic, model: str) -> None:
+    client.messages.create(model=model, max_tokens=9, messages=MESSAGES)
+
+
+def messages_stream(client: anthropic.Anthropic, model: str) -> None:
+    with client.messages.stream(model=model, max_tokens=9, messages=MESSAGES) as events:
+        for _ in events:
+            pass
+
+
+def generate(client: genai.Client, model: str) -> None:
+    client.models.generate_content(model=model, contents="Where is the parcel 4711?")
+
+
+def generate_stream(client: genai.Client, model: str) -> None:
+    for _ in client.models.generate_content_stream(model=model, contents="Where is the parcel 4711?"):
+        pass
+
+
 CALLS = {chat: 23, stream: 29, stream_left_early: 29, stream_helper: 67, error: 31}
 """Calls, and each of how many instructions is hit by `make test`: for the SDK's own work takes its time."""
 
@@ -96,6 +149,27 @@ def test_an_interrupt_anywhere_in_a_call(
 ) -> None:
     """Given a call of the SDK, when an interrupt surfaces at any instruction of ours, then it reaches the
     code that called; the OpenTelemetry context is as it was, and the next call is recorded, once."""
+    swept(client, call, kind, content=content, step=effort(CALLS[call], 3))
+
+
+@pytest.mark.parametrize("call", [messages, messages_stream])
+def test_an_interrupt_anywhere_in_a_call_of_anthropics(
+    claude: anthropic.Anthropic, call: Callable[[anthropic.Anthropic, str], None], kind: Kind
+) -> None:
+    """The same of Anthropic's SDK."""
+    swept(claude, call, kind, content=False, step=effort(7, 1))
+
+
+@pytest.mark.parametrize("call", [generate, generate_stream])
+def test_an_interrupt_anywhere_in_a_call_of_geminis(
+    gemini: genai.Client, call: Callable[[genai.Client, str], None], kind: Kind
+) -> None:
+    """The same of Google's SDK."""
+    swept(gemini, call, kind, content=False, step=effort(7, 1))
+
+
+def swept(client: Any, call: Callable[[Any, str], None], kind: Kind, *, content: bool, step: int) -> None:
+    """Interrupt a call at every so many of our instructions, and check what must hold of each."""
     struck = 0
     models: set[str] = set()
     places: dict[str, str] = {}
@@ -121,7 +195,7 @@ def test_an_interrupt_anywhere_in_a_call(
     redact = redact_texts(str.upper) if content else None
     with record_runs(capture_content=content, redact=redact) as runs:
         call(client, "before")
-        for _ in sweep(kind.strike, interrupted, step=effort(CALLS[call], 3)):
+        for _ in sweep(kind.strike, interrupted, step=step):
             pass
         gc.collect()
         recorded = list({record.id: record.model for record in runs.calls}.values())

@@ -130,6 +130,9 @@ class _Method:
         self.result = result
         self.values = [(variable, variable.get(None)) for variable in self.variables]
         self.returned = True
+        if not hasattr(result, "http_response"):  # its reader may still fail
+            for span in self.opened:
+                span.is_answered = True
 
     async def _awaited(self, coroutine: Coroutine[Any, Any, Any], kwargs: dict[str, Any]) -> Any:
         token = attach(self.context)

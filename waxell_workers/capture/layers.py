@@ -23,6 +23,7 @@ from wrapt import FunctionWrapper
 
 from .calls import Listener, Message
 from .gates import Passage, gate
+from .hooks import guard
 from .openinference import OpenInferenceSpan, let_interrupts_out
 from .platform import platform_sdk_is_active
 from .sdks import Instrumentor, Sdk
@@ -79,6 +80,8 @@ class Layer:
             return False
         if self._instrumentor.is_openinference:
             let_interrupts_out(self._instrumentor.module)
+        else:
+            guard(self._instrumentor.module)
         new = [found for found in _proxies(self._sdk.places) if id(found[2]) not in before]
         for owner, name, proxy in new:
             setattr(owner, name, self._gated_method(proxy))

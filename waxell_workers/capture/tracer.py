@@ -32,11 +32,17 @@ KNOWN = "waxell_workers.capture.known"
 """Where in the OpenTelemetry context attributes may stand that a gate knows better than its instrumentor."""
 
 
+_BUGS = frozenset(kind.__name__ for kind in BUGS)
+
+
 class CallSpan(trace.Span, nesting.Layer):
     """Collects what is told about one call; told to the listener at its end, once."""
 
     is_whole = False
     """True if the instrumentor says that nothing is missing, also where no reason to finish was given."""
+
+    is_answered = False
+    """True once the SDK has returned: unless that is a stream, nothing of it can fail any more."""
 
     def __init__(
         self,
@@ -171,6 +177,8 @@ class CallSpan(trace.Span, nesting.Layer):
         kind = str(self._attributes.get(semconv.ERROR_TYPE) or "")
         if (kind, message) == semconv.ABANDONED_STREAM or kind == semconv.CLOSED_GENERATOR:
             return
+        if self.is_answered and not fields["streamed"] and kind in _BUGS:
+            return  # the instrumentor's
         fields["status"] = "error"
         fields["error_type"] = short_error_type(kind)
         fields["error_message"] = error_text(message, self._wants_content)

@@ -1,0 +1,260 @@
+"""Real SDKs under a layer of ours: what a caller gets, and what stays behind, is as if nobody listened."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
+from opentelemetry import context
+from opentelemetry.instrumentation.genai.anthropic import patch, wrappers
+
+from waxell_workers import capture
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Where is the parcel 4711?"}]
+REQUEST: dict[str, Any] = {"model": "plain", "max_tokens": 9, "messages": MESSAGES}
+
+
+@pytest.fixture
+def calls() -> Iterator[list[dict[str, Any]]]:
+    calls: list[dict[str, Any]] = []
+    capture.install(
+        lambda **call: calls.append(call),
+        names=None,
+        current_run=lambda: "",
+        wants_content=lambda: True,
+    )
+    yield calls
+    capture.uninstall()
+
+
+@pytest.fixture(scope="module")
+def providers() -> Iterator[str]:
+    command = [sys.executable, "-m", "tests.providers.server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def claude(calls: list[dict[str, Any]], providers: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=providers, api_key="none", max_retries=0) as client:
+        yield client
+
+
+# -- the caller's context -------------------------------------------------------------------------------
+
+
+def read(client: anthropic.Anthropic, seen: Callable[[], None]) -> None:
+    stream = client.messages.create(**REQUEST, stream=True)
+    seen()
+    next(stream)
+    seen()
+    list(stream)
+
+
+def left(client: anthropic.Anthropic, seen: Callable[[], None]) -> None:
+    with client.messages.create(**REQUEST, stream=True) as stream:
+        next(stream)
+        seen()
+
+
+def dropped(client: anthropic.Anthropic, seen: Callable[[], None]) -> None:
+    stream = client.messages.create(**REQUEST, stream=True)
+    next(stream)
+    del stream
+    gc.collect()
+
+
+def helper(client: anthropic.Anthropic, seen: Callable[[], None]) -> None:
+    with client.messages.stream(**REQUEST) as stream:
+        seen()
+        stream.get_final_message()
+        seen()
+
+
+def raw(client: anthropic.Anthropic, seen: Callable[[], None]) -> None:
+    response = client.messages.with_raw_response.create(**REQUEST, stream=True)
+    seen()
+    list(response.parse())
+
+
+@pytest.mark.parametrize("call", [read, left, dropped, helper, raw])
+def test_a_stream_leaves_its_readers_context(
+    claude: anthropic.Anthropic,
+    calls: list[dict[str, Any]],
+    call: Callable[[anthropic.Anthropic, Callable[[], None]], None],
+) -> None:
+    """While it is open, and when it has ended, in whichever way."""
+    token = context.attach(context.set_value("users", object()))
+    before = context.get_current()
+
+    def seen() -> None:
+        assert context.get_current() is before
+
+    call(claude, seen)
+    seen()
+    context.detach(token)
+    assert [call["streamed"] for call in calls] == [True]
+
+
+def test_a_stream_that_ends_elsewhere_leaves_the_context_there(claude: anthropic.Anthropic) -> None:
+    """The context in which it was created does not come back where it is read."""
+    token = context.attach(context.set_value("users", "first"))
+    stream = claude.messages.create(**REQUEST, stream=True)
+    context.detach(token)
+    token = context.attach(context.set_value("users", "second"))
+    list(stream)
+    assert context.get_value("users") == "second"
+    context.detach(token)
+
+
+def test_an_asynchronous_stream_leaves_its_readers_context(
+    calls: list[dict[str, Any]], providers: str
+) -> None:
+    """Whether it is read from `create()`, or by the helper."""
+
+    async def main() -> None:
+        async with anthropic.AsyncAnthropic(base_url=providers, api_key="none", max_retries=0) as client:
+            before = context.get_current()
+            async for _ in await client.messages.create(**REQUEST, stream=True):
+                assert context.get_current() is before
+            assert context.get_current() is before
+            async with client.messages.stream(**REQUEST) as stream:
+                assert context.get_current() is before
+                await stream.get_final_message()
+            assert context.get_current() is before
+
+    asyncio.run(main())
+    assert len(calls) == 2
+
+
+# -- interrupts in the instrumentor, which catches every `Exception` ------------------------------------
+
+
+def test_an_interrupt_in_a_chunk_reaches_the_reader(
+    claude: anthropic.Anthropic, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next stream has its tokens: one interrupt does not switch that off for the process."""
+
+    def interrupted(**_: Any) -> None:
+        raise SoftTimeLimitExceeded(1)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(wrappers, "accumulate_event", interrupted)
+        with pytest.raises(SoftTimeLimitExceeded):
+            list(claude.messages.create(**REQUEST, stream=True))
+    gc.collect()
+    list(claude.messages.create(**REQUEST, stream=True))
+    assert calls[-1]["tokens_out"]
+
+
+def test_an_interrupt_in_a_prompt_reaches_the_caller(
+    claude: anthropic.Anthropic, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The messages are read after the answer: the call is told."""
+
+    def interrupted(_: Any) -> None:
+        raise SoftTimeLimitExceeded(1)
+
+    monkeypatch.setattr(patch, "get_input_messages", interrupted)
+    with pytest.raises(SoftTimeLimitExceeded):
+        claude.messages.create(**REQUEST)
+    assert [call["error_type"] for call in calls] == ["billiard.SoftTimeLimitExceeded"]
+
+
+def test_an_interrupt_of_before_is_not_raised_again(claude: anthropic.Anthropic) -> None:
+    """Where a call is made while one is handled, and the instrumentor logs something else."""
+    try:
+        raise SoftTimeLimitExceeded(1)
+    except SoftTimeLimitExceeded:
+        assert claude.messages.create(**REQUEST).content
+        patch._logger.debug("something else")
+
+
+# -- answers of servers that are compatible with OpenAI's, more or less ----------------------------------
+
+
+def chunk(**fields: Any) -> dict[str, Any]:
+    return {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "other", **fields}
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+TOOL = {"id": "x", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+ANSWERS: dict[str, Any] = {
+    "no index": [chunk(choices=[{"delta": {"content": "a"}}]), chunk(choices=[], usage=USAGE)],
+    "no index of a tool": [
+        chunk(choices=[{"index": 0, "delta": {"tool_calls": [TOOL]}}]),
+        chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "tool_calls"}], usage=USAGE),
+    ],
+    "nothing": {},
+}
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = ANSWERS[request["model"]]
+            kind, body = "application/json", json.dumps(answer)
+            if isinstance(answer, list):
+                kind = "text/event-stream"
+                body = "".join(f"data: {json.dumps(one)}\n\n" for one in answer) + "data: [DONE]\n\n"
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("model", ["no index", "no index of a tool"])
+def test_a_chunk_that_the_instrumentor_does_not_understand_fails_no_stream(
+    calls: list[dict[str, Any]], other: str, model: str
+) -> None:
+    """Its reader gets all chunks, and the call is told with its tokens."""
+    with openai.OpenAI(base_url=other, api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(model=model, messages=MESSAGES, stream=True)
+        assert len(list(stream)) == len(ANSWERS[model])
+    assert [(call["status"], call["tokens_in"], call["tokens_out"]) for call in calls] == [("ok", 3, 4)]
+
+
+def test_such_a_chunk_fails_no_asynchronous_stream(calls: list[dict[str, Any]], other: str) -> None:
+    """The same, awaited."""
+
+    async def main() -> int:
+        async with openai.AsyncOpenAI(base_url=other, api_key="none", max_retries=0) as client:
+            stream = await client.chat.completions.create(model="no index", messages=MESSAGES, stream=True)
+            return len([chunk async for chunk in stream])
+
+    assert asyncio.run(main()) == 2
+    assert [call["tokens_out"] for call in calls] == [4]
+
+
+def test_a_call_is_no_error_where_only_the_instrumentor_failed(
+    calls: list[dict[str, Any]], other: str
+) -> None:
+    """What it stumbled over is an answer that the SDK has returned."""
+    with openai.OpenAI(base_url=other, api_key="none", max_retries=0) as client:
+        client.responses.create(model="nothing", input="hello")
+    assert [(call["status"], call["model"]) for call in calls] == [("ok", "nothing")]
