@@ -431,7 +431,7 @@ def test_the_doctor_tells_of_what_went_wrong_in_workers(monkeypatch, tmp_path):
         file.write('{"at":1.0,"pid":1,"tracer":"openai-agents","end":"late","reason":"old"}\n{"at":')
     texts = [finding.text for finding in doctor.check(situation) if finding.status == "warn"]
     assert len(texts) == 2
-    assert texts[0].startswith(f"{OTEL}: flushes failed in 1 processes of the last day ")
+    assert texts[0].startswith(f"{OTEL}: flushes failed in 1 processes of the last day, ")
     assert texts[0].endswith("ZeroDivisionError: division by zero")
     assert texts[1].startswith(f"{OTEL}: flushes were late in 1 processes of the last day")
 
