@@ -11,13 +11,19 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest import mock
 
 import anthropic
 import openai
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
+from google import genai
+from google.genai import types
+from openai.resources.chat.completions import Completions
 from opentelemetry import context
 from opentelemetry.instrumentation.genai.anthropic import patch, wrappers
+from opentelemetry.instrumentation.google_genai import GoogleGenAiSdkInstrumentor
+from wrapt import wrap_function_wrapper
 
 from waxell_workers import capture
 
@@ -25,15 +31,19 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Where is the parcel 4711?"}]
 REQUEST: dict[str, Any] = {"model": "plain", "max_tokens": 9, "messages": MESSAGES}
 
 
-@pytest.fixture
-def calls() -> Iterator[list[dict[str, Any]]]:
-    calls: list[dict[str, Any]] = []
+def install(calls: list[dict[str, Any]]) -> None:
     capture.install(
         lambda **call: calls.append(call),
         names=None,
         current_run=lambda: "",
         wants_content=lambda: True,
     )
+
+
+@pytest.fixture
+def calls() -> Iterator[list[dict[str, Any]]]:
+    calls: list[dict[str, Any]] = []
+    install(calls)
     yield calls
     capture.uninstall()
 
@@ -258,3 +268,95 @@ def test_a_call_is_no_error_where_only_the_instrumentor_failed(
     with openai.OpenAI(base_url=other, api_key="none", max_retries=0) as client:
         client.responses.create(model="nothing", input="hello")
     assert [(call["status"], call["model"]) for call in calls] == [("ok", "nothing")]
+
+
+# -- mocks, and others who put back what they found -----------------------------------------------------
+
+
+@pytest.fixture
+def chat(calls: list[dict[str, Any]], providers: str) -> Iterator[Callable[[], Any]]:
+    with openai.OpenAI(base_url=f"{providers}/v1", api_key="none", max_retries=0) as client:
+        yield lambda: client.chat.completions.create(model="plain", messages=MESSAGES)
+
+
+def put_back(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Put a method of an SDK's back for the test, as if nobody had come yet."""
+    method = vars(owner)[name]
+    while "waxell_workers" in method.__code__.co_filename:
+        method = method.__wrapped__
+    monkeypatch.setattr(owner, name, method)
+
+
+@pytest.mark.parametrize("is_function", [False, True])
+def test_a_method_that_was_a_mock_at_the_installation_is_heard_at_the_next(
+    calls: list[dict[str, Any]],
+    chat: Callable[[], Any],
+    is_function: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mock stays what it is."""
+    put_back(monkeypatch, Completions, "create")
+    options: dict[str, Any] = {"autospec": True} if is_function else {}
+    with mock.patch.object(Completions, "create", **options) as create:
+        install(calls)
+        chat()
+        assert create.called
+    calls.clear()
+    install(calls)
+    chat()
+    chat()
+    assert len(calls) == 2
+
+
+def test_a_method_that_a_mock_puts_back_is_heard(
+    calls: list[dict[str, Any]], chat: Callable[[], Any]
+) -> None:
+    """Also if we were installed anew while the mock stood there; once per call, however often that was."""
+    for _ in range(3):
+        with mock.patch.object(Completions, "create"):
+            install(calls)
+            chat()
+        calls.clear()
+        chat()
+        assert len(calls) == 1
+
+
+def test_a_users_wrapper_between_two_gates_stays(
+    calls: list[dict[str, Any]], chat: Callable[[], Any], providers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where we are put on again because another method was put back; each call is told once."""
+    seen: list[str] = []
+
+    def users(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        seen.append("a call")
+        return wrapped(*args, **kwargs)
+
+    monkeypatch.setattr(Completions, "create", Completions.create)
+    wrap_function_wrapper("openai.resources.chat.completions", "Completions.create", users)
+    with mock.patch.object(openai.resources.Embeddings, "create"):
+        install(calls)
+    chat()
+    assert (len(seen), len(calls)) == (1, 1)
+
+
+def test_geminis_users_instrumentor_may_leave(
+    calls: list[dict[str, Any]], providers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It puts back the methods that it found, ours with them: the next installation repairs that."""
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_EMIT_EVENT", "")
+    monkeypatch.delenv("OTEL_INSTRUMENTATION_GENAI_EMIT_EVENT")
+    client = genai.Client(api_key="none", http_options=types.HttpOptions(base_url=providers))
+    put_back(monkeypatch, genai.models.Models, "generate_content")
+    theirs = GoogleGenAiSdkInstrumentor()
+
+    def generate() -> None:
+        client.models.generate_content(model="plain", contents="hello")
+
+    theirs.instrument(skip_dep_check=True)
+    install(calls)  # around theirs
+    generate()
+    assert len(calls) == 1
+    theirs.uninstrument()
+    install(calls)
+    generate()
+    assert len(calls) == 2

@@ -14,8 +14,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
+from weakref import WeakSet
 
 from opentelemetry._logs import NoOpLoggerProvider
 from opentelemetry.metrics import NoOpMeterProvider
@@ -60,7 +61,7 @@ class Layer:
 
     def __init__(self, sdk: Sdk, instrumentor: Instrumentor, tracer: ListeningTracer) -> None:
         """Prepare it; `start` puts the wrappers on."""
-        self._sdk = sdk
+        self.sdk = sdk
         self._instrumentor = instrumentor
         self._provider = ListeningTracerProvider(tracer)
         self._gated: frozenset[tuple[int, str]] = frozenset()
@@ -68,7 +69,7 @@ class Layer:
     def start(self) -> bool:
         """Instrument the SDK; False if its version does not suit the instrumentor, which logs why."""
         ours = _own_class(self._instrumentor)()
-        before = {id(proxy) for _, _, proxy in _proxies(self._sdk.places)}
+        before = {id(proxy) for _, _, proxy in _proxies(self.sdk.places)}
         with _SameEnvironment():
             ours.instrument(
                 tracer_provider=self._provider,
@@ -82,7 +83,7 @@ class Layer:
             let_interrupts_out(self._instrumentor.module)
         else:
             guard(self._instrumentor.module)
-        new = [found for found in _proxies(self._sdk.places) if id(found[2]) not in before]
+        new = [found for found in _proxies(self.sdk.places) if id(found[2]) not in before]
         for owner, name, proxy in new:
             setattr(owner, name, self._gated_method(proxy))
         self._gated = frozenset((id(owner), name) for owner, name, _ in new)
@@ -90,22 +91,32 @@ class Layer:
 
     @property
     def is_in_place(self) -> bool:
-        """False once the SDK has been imported anew, so that its classes are others."""
-        return self._gated <= frozenset((id(owner), name) for owner, name in _members(self._sdk.places))
+        """False once the SDK has been imported anew, so that its classes are others, or a method put back.
+
+        That is done by a mock that stood there before us, and by a user's instrumentor of Gemini (1.3b0).
+        """
+        found = {(id(owner), name): vars(owner).get(name) for owner, name in _members(self.sdk.places)}
+        return all(any(_plains_in(found.get(place))) for place in self._gated)
 
     def listen(self, listener: Listener | None) -> None:
         """Tell calls that start from now on to `listener`, or to nobody."""
         self._provider.tracer.listener = listener
 
-    def _gated_method(self, proxy: Any) -> Callable[..., Any]:
+    def _gated_method(self, proxy: Any) -> Any:
         """Return a plain function instead of a proxy.
 
         An instrumentor that is switched off takes away the outermost proxy of a method, whosever it is; a
         plain function it leaves alone.
         """
-        mark = self._sdk.name if self._sdk.calls_itself else ""
-        passage = Passage(self._is_open, mark, self._sdk.kept, self._sdk.has_managers, _variables(self._sdk))
-        return _plain(proxy.__wrapped__, gate(proxy._self_wrapper, passage))
+        method = proxy.__wrapped__
+        while _is_plain(method):  # put on again, gates do not pile up
+            method = method.__wrapped__
+        if not hasattr(method, "__get__"):  # a mock, which stands there for a while
+            return method
+        _buried.update(_plains_in(method))
+        mark = self.sdk.name if self.sdk.calls_itself else ""
+        passage = Passage(self._is_open, mark, self.sdk.kept, self.sdk.has_managers, _variables(self.sdk))
+        return _plain(method, gate(proxy._self_wrapper, passage))
 
     def _is_open(self) -> bool:
         return self._provider.tracer.listener is not None and not platform_sdk_is_active()
@@ -179,25 +190,51 @@ def _proxies(places: tuple[str, ...]) -> list[tuple[Any, str, Any]]:
     return [(kind, name, proxy) for kind, name, proxy in found if issubclass(type(proxy), FunctionWrapper)]
 
 
+def _is_plain(method: Any) -> bool:
+    # A proxy says that it is a function, and equal to what it wraps.
+    return type(method) is FunctionType and method in _plains
+
+
+def _plains_in(method: Any) -> Iterator[Any]:
+    """Yield those functions of ours that a method is, or is wrapped around."""
+    for _ in range(_MOST_WRAPPERS):
+        if _is_plain(method):
+            yield method
+        method = getattr(method, "__wrapped__", None)
+
+
 def _plain(method: Any, wrapper: Callable[..., Any]) -> Callable[..., Any]:
     bind = method.__get__
     if inspect.iscoroutinefunction(method):
 
         @functools.wraps(method)
         async def async_plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await wrapper(bind(self, type(self)), self, args, kwargs)
+            bound = bind(self, type(self))
+            return await (
+                bound(*args, **kwargs) if async_plain in _buried else wrapper(bound, self, args, kwargs)
+            )
 
+        _plains.add(async_plain)
         return async_plain
 
     @functools.wraps(method)
     def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(bind(self, type(self)), self, args, kwargs)
+        bound = bind(self, type(self))
+        return bound(*args, **kwargs) if plain in _buried else wrapper(bound, self, args, kwargs)
 
+    _plains.add(plain)
     return plain
 
 
 _layers: dict[str, list[Layer]] = {}
 """By the SDK's name: those that are in place."""
+_former: WeakSet[Layer] = WeakSet()
+"""Those that were in place: what a mock puts back is theirs, and heard. Their functions keep them alive."""
+_plains: WeakSet[Callable[..., Any]] = WeakSet()
+"""The functions that stand in the place of SDKs' methods, and are gated."""
+_buried: WeakSet[Callable[..., Any]] = WeakSet()
+"""Those that stand beneath another one, with something of a user's between them: they let calls pass."""
+_MOST_WRAPPERS = 30
 _claims: dict[str, object] = {}
 """The claim of the thread that wraps an SDK's methods, if one does: no lock, which an interrupt could leave
 locked."""
@@ -226,9 +263,9 @@ def listen(sdk: Sdk, listener: Listener) -> Instrumentor | None:
             layers = _start(sdk, chosen)
             if not layers:
                 return None
-            release(sdk)
+            _former.update(_layers.get(sdk.name, ()))
             _layers[sdk.name] = layers
-        for layer in layers:
+        for layer in _all_layers(sdk):
             layer.listen(listener)
         return chosen
     finally:
@@ -258,5 +295,9 @@ def release(sdk: Sdk) -> None:
 
     Our wrappers stay in place and let every call pass: others may have been wrapped around them since.
     """
-    for layer in _layers.get(sdk.name, ()):
+    for layer in _all_layers(sdk):
         layer.listen(None)
+
+
+def _all_layers(sdk: Sdk) -> list[Layer]:
+    return [*_layers.get(sdk.name, ()), *(layer for layer in _former if layer.sdk is sdk)]
