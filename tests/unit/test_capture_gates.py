@@ -146,3 +146,122 @@ def test_a_call_within_a_call_is_part_of_it() -> None:
 
     gate(parse, sdk, (), {})
     assert told == ["a call"]
+
+
+# -- managers, whose call begins when they are entered -------------------------------------------------
+
+
+class Manager:
+    """What an SDK's `stream` returns."""
+
+    def __init__(self, fail: Exception | None = None) -> None:
+        self.fail = fail
+        self.has_left = False
+
+    def __enter__(self) -> str:
+        if self.fail is not None:
+            raise self.fail
+        return "a stream"
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.has_left = True
+
+    async def __aenter__(self) -> str:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.has_left = True
+
+
+def stream(wrapper: Callable[..., Any], manager: Manager, *, asynchronous: bool) -> Any:
+    """Enter and leave what the SDK's `stream` returns, through a gate."""
+
+    def stream() -> Manager:
+        return manager
+
+    gated = gates.gate(wrapper, gates.Passage(lambda: True, mark="sdk", has_managers=True))
+    if not asynchronous:
+        with gated(stream, SDK(), (), {}) as value:
+            return value
+
+    async def main() -> Any:
+        async with gated(stream, SDK(), (), {}) as value:
+            return value
+
+    return asyncio.run(main())
+
+
+class FailsToEnter(gates._Manager):
+    """An instrumentor's manager that has a defect, before or after the SDK's is entered."""
+
+    def __init__(self, manager: Any, error: Exception, *, is_late: bool) -> None:
+        super().__init__(manager, gates._Doorway("", {}))
+        self._self_error = error
+        self._self_is_late = is_late
+
+    def __enter__(self) -> Any:
+        if self._self_is_late:
+            self.__wrapped__.__enter__()
+        raise self._self_error
+
+    async def __aenter__(self) -> Any:
+        if self._self_is_late:
+            await self.__wrapped__.__aenter__()
+        raise self._self_error
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_defect_as_a_manager_is_entered_costs_the_record_and_not_the_call(
+    is_late: bool, asynchronous: bool
+) -> None:
+    """The caller gets the SDK's stream, and the SDK's manager is left."""
+    manager = Manager()
+
+    def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return FailsToEnter(wrapped(*args, **kwargs), AttributeError("defect"), is_late=is_late)
+
+    assert stream(wrapper, manager, asynchronous=asynchronous) == "a stream"
+    assert manager.has_left
+
+
+@pytest.mark.parametrize("wrapper", [fails_before, fails_after])
+def test_a_defect_as_a_manager_is_made_costs_the_record_and_not_the_call(wrapper: Callable[..., Any]) -> None:
+    """The caller gets the SDK's manager."""
+    manager = Manager()
+    assert stream(wrapper, manager, asynchronous=False) == "a stream"
+    assert manager.has_left
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("error", [TypeError("the SDK's"), SoftTimeLimitExceeded(1)])
+def test_what_an_sdks_manager_raises_is_raised(error: Exception, asynchronous: bool) -> None:
+    """It is no defect, of whatever type it is."""
+
+    class Passes(gates._Manager):
+        def __init__(self, manager: Any) -> None:
+            super().__init__(manager, gates._Doorway("", {}))
+
+        def __enter__(self) -> Any:
+            return self.__wrapped__.__enter__()
+
+        async def __aenter__(self) -> Any:
+            return await self.__wrapped__.__aenter__()
+
+    def passes(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return Passes(wrapped(*args, **kwargs))
+
+    with pytest.raises(type(error)) as caught:
+        stream(passes, Manager(error), asynchronous=asynchronous)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_interrupt_as_a_manager_is_entered_is_raised(asynchronous: bool) -> None:
+    """An interrupt that surfaces in the instrumentor's manager is none of its defects."""
+
+    def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return FailsToEnter(wrapped(*args, **kwargs), SoftTimeLimitExceeded(1), is_late=True)
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        stream(wrapper, Manager(), asynchronous=asynchronous)

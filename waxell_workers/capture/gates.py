@@ -391,9 +391,12 @@ def _manager_gate(
         doorway.called = False
         return _Inner(doorway.manager, doorway)
 
+    outside = get_current()
     try:
         return _Outer(wrapper(method, instance, args, kwargs), doorway)
     except BaseException as error:
+        if get_current() is not outside:
+            attach(outside)
         if not doorway.is_defect(error):
             raise
         _say_defect(error)
