@@ -26,6 +26,8 @@ from opentelemetry.instrumentation.google_genai import GoogleGenAiSdkInstrumento
 from wrapt import wrap_function_wrapper
 
 from waxell_workers import capture
+from waxell_workers.capture import nesting
+from waxell_workers.capture.calls import short_error_type
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Where is the parcel 4711?"}]
 REQUEST: dict[str, Any] = {"model": "plain", "max_tokens": 9, "messages": MESSAGES}
@@ -360,3 +362,27 @@ def test_geminis_users_instrumentor_may_leave(
     install(calls)
     generate()
     assert len(calls) == 2
+
+
+# -- nesting, and what is no content --------------------------------------------------------------------
+
+
+def test_a_span_that_is_open_for_long_does_not_collect_what_was_in_it() -> None:
+    """It still knows that a call was told inside it, and of the streams that are open."""
+    around = nesting.Layer(None, is_framework=True)
+    stream = nesting.Layer(around, is_framework=False)
+    for number in range(1000):
+        inner = nesting.Layer(around, is_framework=False)
+        inner.is_open = False
+        inner.is_told = number == 500
+    assert len(around.inner) < 100
+    assert stream in around.inner
+    stream.is_open = False
+    assert around.is_superseded()
+
+
+def test_a_text_in_the_place_of_a_code_is_not_told() -> None:
+    """It may quote the request; classes and codes are names."""
+    assert short_error_type("invalid: 'Where is the parcel 4711?'") == "unknown"
+    for name in ("429", "rate_limit_exceeded", "tests.f.<locals>.Lost"):
+        assert short_error_type(name).split(".")[-1] == name.split(".")[-1]

@@ -7,6 +7,7 @@ texts whole. Imports neither an SDK nor OpenTelemetry.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from ..core.content import harmless_message
 from . import semconv
 
 Sink = Callable[..., None]
+
+_NAME = re.compile(r"[\w.<>:-]{0,200}")
 
 BUGS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What a defect of an instrumentor raises. No interrupt of a task framework is among them."""
@@ -91,7 +94,7 @@ def _name(value: object) -> str:
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if type(value) is int and value >= 0 else None
 
 
 def _finish_reason(reasons: object) -> str:
@@ -125,8 +128,11 @@ def billed_attributes(error: BaseException) -> dict[str, Any]:
 def short_error_type(name: str) -> str:
     """Return the top-level package and the class of an exception's full name, as in `openai.RateLimitError`.
 
-    That is how the platform names them; builtins and codes of a provider have no package and stay.
+    That is how the platform names them; builtins and codes of a provider have no package and stay. What is no
+    name is not told: in the place of a code, a provider may put a text, which may quote the request.
     """
+    if not _NAME.fullmatch(name):
+        return "unknown"
     parts = name.split(".")
     return name if len(parts) < 3 else f"{parts[0]}.{parts[-1]}"
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
+_FOLD_AT = 64
+
 
 class Layer:
     """A span of any kind, as far as nesting goes; `tracer.CallSpan` and agents' spans are such."""
@@ -22,8 +24,23 @@ class Layer:
         self.is_told = False
         """True once a call was told for it."""
         self.inner: list[Layer] = []
+        self._fold_at = _FOLD_AT
         if enclosing is not None:
-            enclosing.inner.append(self)
+            enclosing._take(self)
+
+    def _take(self, inner: Layer) -> None:
+        self.inner.append(inner)
+        if len(self.inner) >= self._fold_at:
+            self._fold()
+            self._fold_at = max(_FOLD_AT, 2 * len(self.inner))
+
+    def _fold(self) -> None:
+        """Forget all that is settled but one that was told: a span may be open for as long as its process."""
+        known = next((inner for inner in self.inner if inner.is_told), None)
+        for inner in list(self.inner):
+            if not inner.is_open and inner is not known and (inner.is_told or not inner.inner):
+                # in place, for other threads may be adding to it
+                self.inner.remove(inner)
 
     def is_superseded(self) -> bool:
         """True if a call was told inside it, or will be: a stream in there is still open."""
