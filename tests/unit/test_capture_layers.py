@@ -364,6 +364,29 @@ def test_geminis_users_instrumentor_may_leave(
     assert len(calls) == 2
 
 
+FORK = """
+import os, sys
+from waxell_workers import capture
+from waxell_workers.capture import layers
+import openai
+layers._claims["openai"] = object()  # another thread is at it
+child = os.fork()
+if not child:
+    told = []
+    capture.install(lambda **call: told.append(call), names=("openai",), current_run=str, wants_content=bool)
+    with openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0) as client:
+        client.chat.completions.create(model="plain", messages=[{"role": "user", "content": "hello"}])
+    os._exit(len(told))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_child_that_was_forked_while_a_thread_put_a_layer_on_hears_its_calls(providers: str) -> None:
+    """The thread is not there, and its claim neither."""
+    done = subprocess.run([sys.executable, "-c", FORK, f"{providers}/v1"], timeout=60, check=False)
+    assert done.returncode == 1
+
+
 # -- nesting, and what is no content --------------------------------------------------------------------
 
 

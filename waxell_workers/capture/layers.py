@@ -238,6 +238,7 @@ _MOST_WRAPPERS = 30
 _claims: dict[str, object] = {}
 """The claim of the thread that wraps an SDK's methods, if one does: no lock, which an interrupt could leave
 locked."""
+os.register_at_fork(after_in_child=_claims.clear)  # that thread is not in the child
 
 
 def listen(sdk: Sdk, listener: Listener) -> Instrumentor | None:
