@@ -55,23 +55,36 @@ def _guard_class(kind: type[Any]) -> None:
 
 
 def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
+    is_end = hook.__name__ != "_process_chunk"
+
     @functools.wraps(hook)
     def guarded(stream: Any, *args: Any) -> None:
         try:
             hook(stream, *args)
         except BUGS as error:
-            invocation = getattr(stream, "_self_invocation", None)
-            if not isinstance(getattr(invocation, "span", None), CallSpan):
+            if _span(stream) is None:
                 raise
             _say(error)
-            if hook.__name__ != "_process_chunk":
-                _end(invocation, *args)
+            if is_end:
+                _end(stream._self_invocation, *args)
         except BaseException as error:
             if is_interrupt(error):
                 _do_not_give_up(stream)
+                if is_end and _is_open(_span(stream)):
+                    hook(stream, *args)  # nobody comes again, and what was answered has cost money
             raise
 
     return guarded
+
+
+def _span(stream: Any) -> CallSpan | None:
+    """Return the span of a stream, if it is ours."""
+    span = getattr(getattr(stream, "_self_invocation", None), "span", None)
+    return span if isinstance(span, CallSpan) else None
+
+
+def _is_open(span: CallSpan | None) -> bool:
+    return span is not None and span.is_open
 
 
 def _end(invocation: Any, error: BaseException | None = None) -> None:
