@@ -333,12 +333,17 @@ def test_a_users_wrapper_between_two_gates_stays(
         seen.append("a call")
         return wrapped(*args, **kwargs)
 
-    monkeypatch.setattr(Completions, "create", Completions.create)
-    wrap_function_wrapper("openai.resources.chat.completions", "Completions.create", users)
-    with mock.patch.object(openai.resources.Embeddings, "create"):
-        install(calls)
+    with monkeypatch.context() as patched:
+        patched.setattr(Completions, "create", Completions.create)
+        wrap_function_wrapper("openai.resources.chat.completions", "Completions.create", users)
+        with mock.patch.object(openai.resources.Embeddings, "create"):
+            install(calls)
+        chat()
+        assert (len(seen), len(calls)) == (1, 1)
+    # The user takes the wrapper off, and brings back what stood under it: ours, which another one has replaced.
+    install(calls)
     chat()
-    assert (len(seen), len(calls)) == (1, 1)
+    assert (len(seen), len(calls)) == (1, 2)
 
 
 def test_geminis_users_instrumentor_may_leave(

@@ -96,7 +96,9 @@ class Layer:
         That is done by a mock that stood there before us, and by a user's instrumentor of Gemini (1.3b0).
         """
         found = {(id(owner), name): vars(owner).get(name) for owner, name in _members(self.sdk.places)}
-        return all(any(_plains_in(found.get(place))) for place in self._gated)
+        return all(
+            any(plain not in _buried for plain in _plains_in(found.get(place))) for place in self._gated
+        )
 
     def listen(self, listener: Listener | None) -> None:
         """Tell calls that start from now on to `listener`, or to nobody."""
