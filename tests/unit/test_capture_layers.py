@@ -340,7 +340,7 @@ def test_a_users_wrapper_between_two_gates_stays(
             install(calls)
         chat()
         assert (len(seen), len(calls)) == (1, 1)
-    # The user takes the wrapper off, and brings back what stood under it: ours, which another one has replaced.
+    # The user takes the wrapper off, and brings back what stood under it: ours, and replaced meanwhile.
     install(calls)
     chat()
     assert (len(seen), len(calls)) == (1, 2)
