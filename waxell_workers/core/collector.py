@@ -349,14 +349,11 @@ class Collector:
         """
         timeout = self.settings.flush_timeout if timeout is None else max(0.0, timeout)
         deadline = time.monotonic() + timeout
-        return self._and_others(lambda: self._flush(deadline, everybody), deadline)
-
-    def _and_others(self, flush: Callable[[], FlushResult], deadline: float) -> FlushResult:
         here = self._here
         told = here.told_drops
         try:
             wait_for_others = self._flush_others(deadline)
-            result = flush()
+            result = self._flush(deadline, everybody)
             wait_for_others()
             return result
         except BaseException:  # an interrupt's: nobody has been told of what was lost
@@ -416,7 +413,16 @@ class Collector:
         A shipper that is a process of its own goes on by itself with what remains.
         """
         deadline = time.monotonic() + timeout
-        return self._and_others(lambda: self._shutdown(deadline), deadline)
+        here = self._here
+        told = here.told_drops
+        try:
+            wait_for_others = self._flush_others(deadline)
+            result = self._shutdown(deadline)
+            wait_for_others()
+            return result
+        except BaseException:  # as above
+            here.told_drops = told
+            raise
 
     def _shutdown(self, deadline: float) -> FlushResult:
         everybody = self.in_worker or self._forked_at > 0
