@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -159,16 +160,29 @@ def test_an_asynchronous_stream_leaves_its_readers_context(
 def test_an_interrupt_in_a_chunk_reaches_the_reader(
     claude: anthropic.Anthropic, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the next stream has its tokens: one interrupt does not switch that off for the process."""
+    """The stream goes at once, and not when garbage is collected. And the next stream has its tokens: one
+    interrupt does not switch that off for the process."""
 
     def interrupted(**_: Any) -> None:
         raise SoftTimeLimitExceeded(1)
 
-    with monkeypatch.context() as broken:
-        broken.setattr(wrappers, "accumulate_event", interrupted)
-        with pytest.raises(SoftTimeLimitExceeded):
-            list(claude.messages.create(**REQUEST, stream=True))
+    def read() -> Any:
+        stream = claude.messages.create(**REQUEST, stream=True)
+        try:
+            list(stream)
+        except SoftTimeLimitExceeded:
+            return weakref.ref(stream.response)
+        raise AssertionError("the interrupt is lost")
+
     gc.collect()
+    gc.disable()
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(wrappers, "accumulate_event", interrupted)
+            response = read()
+        assert response() is None
+    finally:
+        gc.enable()
     list(claude.messages.create(**REQUEST, stream=True))
     assert calls[-1]["tokens_out"]
 

@@ -120,8 +120,12 @@ class _Logger:
     def _tell(self, log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         # Only what is told of is what was caught here: the caller may be handling an interrupt of before.
         error = sys.exc_info()[1] if kwargs.get("exc_info") else None
-        if error is not None and is_interrupt(error):
-            raise error
+        try:
+            if error is not None and is_interrupt(error):
+                raise error
+        finally:
+            # Its traceback has this frame: a cycle, in which all would live on that the reader has dropped.
+            del error
         log(*args, **kwargs)
 
 
