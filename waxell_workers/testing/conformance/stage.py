@@ -6,6 +6,7 @@ the server's database, what a task did from its own notes (`witness`), and neith
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -332,7 +333,8 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     main.suspend()  # so that no new child escapes
     tree = [*main.children(recursive=True), main]
     for each in tree:
-        each.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # with its parent, in a pid namespace
+            each.kill()
     psutil.wait_procs(tree[:-1], timeout=10)
     process.wait(10)
 
