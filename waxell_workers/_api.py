@@ -32,6 +32,7 @@ def init(
     drain: Iterable[str] | None = None,
     capture: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
+    propagate: str | None = None,
     capture_content: bool | None = None,
     content_limit: int | None = None,
     redact: Redactor | None = None,
@@ -62,6 +63,8 @@ def init(
             worker's child process ends, within the same deadline; none unless given.
         capture: names of the SDKs to listen to; all that are supported unless given.
         exclude: patterns of task names that are not recorded.
+        propagate: how a task is connected with what has enqueued it: `parent` (default), its child in the
+            same trace; `link`, a trace of its own that names the other; `none`.
         capture_content: True to record prompts, responses, arguments, and errors in full.
         content_limit: how many characters are kept of a captured call's prompt, of its response, and of all
             its messages together (10,000).

@@ -23,9 +23,9 @@ from celery import Task as CeleryTask
 from celery import signals, states
 from celery.app.task import Context
 
-from .core import tasks
+from .core import lineage, tasks, w3c
 from .core.encoding import reduce
-from .core.runs import Run
+from .core.runs import Run, get_context
 
 _F = TypeVar("_F", bound=Callable[..., None])
 _FRAMEWORK = "celery"
@@ -41,6 +41,7 @@ _STATES = {
     states.REVOKED: "revoked",
     None: "interrupted",  # SystemExit or GreenletExit went through the task
 }
+_CARRIED = (lineage.HEADER, w3c.TRACEPARENT, w3c.TRACESTATE)
 _LOST = ("WorkerLostError", "TimeLimitExceeded", "Terminated")
 
 
@@ -61,7 +62,9 @@ def _connect(signal: Any, times: int = 1) -> Callable[[_F], _F]:
 @_connect(signals.before_task_publish)
 def _enqueued(headers: dict[str, Any] | None = None, **_: Any) -> None:
     if isinstance(headers, dict):
-        headers.update(tasks.lineage(headers))
+        run = get_context()
+        retry = run is not None and headers.get("id") == run.task_id and bool(headers.get("retries"))
+        headers.update(lineage.outgoing(headers, again=retry))
 
 
 # -- tasks, in the process that executes them --------------------------------------------------
@@ -202,7 +205,7 @@ def _describe(task_id: str, task: CeleryTask, request: Context, args: Any, kwarg
 def _message(request: Context) -> Mapping[str, Any]:
     # Where a header lands differs by Celery's version and protocol: both places have it in 5.3 to 5.7.
     headers = request.headers if isinstance(request.headers, dict) else {}
-    return {name: headers.get(name) or request.get(name) for name in (tasks.HEADER, tasks.TRACEPARENT)}
+    return {name: headers.get(name) or request.get(name) for name in _CARRIED}
 
 
 def _options(task: CeleryTask) -> tasks.Options:

@@ -25,7 +25,7 @@ from dramatiq.errors import ActorNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import TimeLimitExceeded
 
-from .core import collector, tasks
+from .core import collector, lineage, tasks
 from .core.encoding import reduce
 from .core.runs import get_context
 
@@ -70,13 +70,14 @@ class WaxellMiddleware(Middleware):
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         carried = _carried(message.options)
         if carried.get(_WAITS):  # not sent anew: its eta has come
-            message.options[tasks.HEADER] = {key: carried[key] for key in carried if key != _WAITS}
+            message.options[lineage.HEADER] = {key: carried[key] for key in carried if key != _WAITS}
             return
-        sent = tasks.lineage(message.options)
-        own = sent.get(tasks.HEADER)
+        run = get_context()
+        retry = run is not None and run.task_id == message.message_id
+        sent = lineage.outgoing(message.options, again=retry)
+        own = sent.get(lineage.HEADER)
         if own is not None:
             own.pop("eta", None)  # a retry has its own, or none
-            run = get_context()
             if run is not None and run.task_id and run.task_id != message.message_id:
                 own.setdefault("parent_task_id", run.task_id)
         message.options.update(sent)
@@ -90,7 +91,7 @@ class WaxellMiddleware(Middleware):
         eta = message.options.get("eta")
         if isinstance(eta, (int, float)) and not collector.is_off():
             carried = _carried(message.options)
-            message.options[tasks.HEADER] = {**carried, "eta": eta / 1000, _WAITS: True}
+            message.options[lineage.HEADER] = {**carried, "eta": eta / 1000, _WAITS: True}
 
     # -- attempts, in the thread that executes them --------------------------------------------
 
@@ -200,7 +201,7 @@ def _describe(message: MessageProxy) -> tasks.Task:
         worker=f"{socket.gethostname()}:{os.getpid()}",
         redelivered=bool(getattr(message, "redelivered", False)),  # RabbitMQ's say so
         eta=carried.get("eta"),
-        message={**options, tasks.HEADER: carried},
+        message={**options, lineage.HEADER: carried},
         parent_task_id=carried.get("parent_task_id") or "",
         group_id=options.get("group_completion_uuid") or "",
         inputs=lambda: {"args": reduce(args), "kwargs": reduce(kwargs)},
@@ -217,5 +218,5 @@ def _options(broker: Broker, message: MessageProxy) -> tasks.Options:
 
 
 def _carried(options: dict[str, Any]) -> dict[str, Any]:
-    carried = options.get(tasks.HEADER)
+    carried = options.get(lineage.HEADER)
     return carried if isinstance(carried, dict) else {}

@@ -26,7 +26,7 @@ import rq.exceptions
 import rq.worker
 from rq.job import Job, JobStatus, Retry
 
-from .core import tasks
+from .core import lineage, tasks, w3c
 from .core.encoding import reduce
 from .core.runs import get_context, state_of
 
@@ -67,9 +67,11 @@ def meta(existing: Mapping[str, Any] | None = None) -> dict[str, Any]:
     run = get_context()
     if run is None or run.is_muted:
         return carried
-    if carried.pop(tasks.HEADER, None) is not None:  # copied from another job, which had a parent of its own
-        carried.pop(tasks.TRACEPARENT, None)
-    return carried | tasks.lineage(carried)
+    if (
+        carried.pop(lineage.HEADER, None) is not None
+    ):  # copied from another job, which had a parent of its own
+        carried.pop(w3c.TRACEPARENT, None)
+    return carried | lineage.outgoing(carried)
 
 
 class Queue(rq.Queue):
@@ -86,14 +88,14 @@ class Queue(rq.Queue):
 
     def enqueue_job(self, job: Job, *args: Any, **kwargs: Any) -> Job:
         """Enqueue a job that may have been made elsewhere."""
-        if tasks.HEADER not in job.meta:
+        if lineage.HEADER not in job.meta:
             _set_meta(job, meta(job.meta))
         return super().enqueue_job(job, *args, **kwargs)
 
     def schedule_job(self, job: Job, datetime: datetime.datetime, *args: Any, **kwargs: Any) -> Job:
         """Schedule a job, and note for when: RQ forgets that when the time has come."""
         own = {**_own(job), "eta": datetime.timestamp(), "enqueued_at": time.time()}
-        _set_meta(job, {**job.meta, tasks.HEADER: own})
+        _set_meta(job, {**job.meta, lineage.HEADER: own})
         return super().schedule_job(job, datetime, *args, **kwargs)
 
     def run_sync(self, job: Job) -> Job:
@@ -402,7 +404,7 @@ def _describe(job: Job, worker: str, *, nested: bool) -> tasks.Task:
         queue=job.origin or "",
         worker=worker,
         eta=own.get("eta"),
-        message={**job.meta, tasks.HEADER: {**own, "enqueued_at": enqueued_at}},
+        message={**job.meta, lineage.HEADER: {**own, "enqueued_at": enqueued_at}},
         group_id=getattr(job, "group_id", None) or "",  # RQ 2.0 has it first
         inputs=lambda: {"args": reduce(job.args), "kwargs": reduce(job.kwargs)},
         nested=nested,
@@ -417,7 +419,7 @@ def _name(job: Job) -> str:
 
 
 def _own(job: Job) -> dict[str, Any]:
-    own = job.meta.get(tasks.HEADER) if isinstance(job.meta, dict) else None
+    own = job.meta.get(lineage.HEADER) if isinstance(job.meta, dict) else None
     return dict(own) if isinstance(own, Mapping) else {}
 
 
@@ -425,7 +427,7 @@ def _count(job: Job) -> None:
     """Have a job's `meta` say which attempt is next; RQ writes it down as it enqueues the job again."""
     own = _own(job)
     own["attempt"] = own.get("attempt", 1) + 1
-    _set_meta(job, {**job.meta, tasks.HEADER: own})
+    _set_meta(job, {**job.meta, lineage.HEADER: own})
 
 
 def _set_meta(job: Job, changed: dict[str, Any]) -> None:

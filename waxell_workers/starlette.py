@@ -22,7 +22,7 @@ import anyio.to_thread
 from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .core import tasks
+from .core import lineage, tasks, w3c
 from .core.collector import Collector
 from .core.encoding import reduce
 from .core.ids import new_id
@@ -126,7 +126,7 @@ class _Request:
 
     def added(self, task: BackgroundTask) -> None:
         """Note with a task what is known where it is made: in a sync endpoint, nobody else knows the run."""
-        message = {**self._inherited, **tasks.lineage({})}
+        message = {**self._inherited, **lineage.outgoing({})}
         task.__dict__[_ADDED] = _Added(message, new_id())
 
     def prepare(self, task: BackgroundTask) -> tasks.Attempt:
@@ -241,7 +241,7 @@ def _traceparent(scope: Scope) -> dict[str, str]:
     """Return the trace that the client is in; our own header travels in messages only, not over HTTP."""
     for name, value in scope.get("headers", ()):
         if name == b"traceparent":
-            return {tasks.TRACEPARENT: value.decode("latin-1")}
+            return {w3c.TRACEPARENT: value.decode("latin-1")}
     return {}
 
 

@@ -305,7 +305,7 @@ def test_a_message_with_a_time_that_is_none_has_no_waiting_time(
     collector: Collector, enqueued_at: Any
 ) -> None:
     """Whoever can enqueue a task cannot keep it from being recorded by what the message says."""
-    message = {"waxell": {"enqueued_at": enqueued_at, "parent": [1], "root": 5}, "traceparent": 7}
+    message = {"waxell": {"enqueued_at": enqueued_at, "run": [1], "root": 5}, "traceparent": 7}
     attempt = tasks.prepare(tasks.Task("celery", "task", "id", message=message), tasks.options_of())
     tasks.begin(attempt)
     tasks.task_ended(attempt, "success")

@@ -46,6 +46,8 @@ class Settings:
     """SDKs to listen to; None stands for every one that is supported, () for none."""
     exclude: tuple[str, ...] = ()
     """Patterns (`fnmatch`) of task and agent names that are not recorded."""
+    propagate: str = "parent"
+    """How a task is connected with what has enqueued it."""
     capture_content: bool = False
     content_limit: int = 10_000
     """How many characters of a captured call's prompt, of its response, and of all its messages are kept."""

@@ -45,6 +45,10 @@ class RunStarted(_Record, frozen=True, kw_only=True, tag="run_started"):
     """32 hexadecimal digits, as in W3C Trace Context."""
     task_id: str = ""
     """The framework's task id; a `TaskLost` finds its run by it."""
+    tags: dict[str, Any] = {}
+    """What the run has from the one that enqueued it, or is around it."""
+    ambient: dict[str, Any] = {}
+    """Metadata, likewise; `metadata` counts above it."""
 
 
 class LLMCall(_Record, frozen=True, kw_only=True, tag="llm_call"):
@@ -111,6 +115,8 @@ class RunEnded(_Record, frozen=True, kw_only=True, tag="run_ended"):
     run_id: str
     state: str = "success"
     """One of `STATES`."""
+    reason: str = ""
+    """Why, in words for people: `killed: hard time limit of 30 s`. Empty where an error says it."""
     duration_ms: float | None = None
     error_type: str = ""
     error_message: str = ""
@@ -123,7 +129,7 @@ class TaskLost(_Record, frozen=True, kw_only=True, tag="task_lost"):
 
     task_id: str
     reason: str
-    """For people: `killed by signal 9`, `hard time limit (30s) exceeded`."""
+    """For people, after the state: `hard time limit of 30 s`, `stopped by user`."""
     error_type: str = ""
     """The framework's exception: `WorkerLostError`, `TimeLimitExceeded`, …"""
     state: str = "killed"

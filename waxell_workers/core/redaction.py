@@ -23,7 +23,7 @@ REDACTION_FAILED = "[redaction failed]"
 """Stands where a text would, whose redaction failed."""
 
 CONTENT: dict[str, tuple[str, ...]] = {
-    "run_started": ("inputs", "metadata"),
+    "run_started": ("inputs", "metadata", "tags", "ambient"),
     "llm_call": ("prompt", "response", "messages", "tool_calls", "error_message", "metadata"),
     "step": ("output",),
     "run_updated": ("tags", "metadata"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from . import content
+from . import content, w3c
 from .encoding import key_text
 from .ids import new_id
 from .limits import limit_error
@@ -65,18 +65,21 @@ class Run:
         "_outer",
         "_pid",
         "_result",
-        "_session_id",
         "_steps",
         "_unwritten",
-        "_user_group",
-        "_user_id",
         "agent_name",
+        "ambient",
         "capture_content",
         "parent_run_id",
         "root_run_id",
         "run_id",
+        "session_id",
+        "tags",
         "task_id",
+        "trace",
         "trace_id",
+        "user_group",
+        "user_id",
         "workflow_name",
     )
 
@@ -94,6 +97,9 @@ class Run:
         parent_run_id: str | None = None,
         root_run_id: str | None = None,
         trace_id: str | None = None,
+        trace: w3c.Trace | None = None,
+        tags: dict[str, Any] | None = None,
+        ambient: dict[str, Any] | None = None,
         task_id: str = "",
         capture_content: bool | None = None,
     ) -> None:
@@ -105,12 +111,17 @@ class Run:
         self.task_id = task_id
         self._inputs = inputs
         self._metadata = metadata
-        self._session_id = session_id
-        self._user_id = user_id
-        self._user_group = user_group
+        self.session_id = session_id
+        self.user_id = user_id
+        self.user_group = user_group
         self.parent_run_id = parent_run_id
         self.root_run_id = root_run_id
         self.trace_id = trace_id
+        self.trace = trace
+        """The place of another tracer that this run was begun from, if any; its state and flags go on."""
+        self.tags = tags
+        self.ambient = ambient
+        """Metadata that this run has from outside, and what is set on it: it goes on to the runs below."""
         self._pid = 0
         self._began = 0.0
         self._steps = 0
@@ -145,12 +156,11 @@ class Run:
         outer = _current.get()
         if self.capture_content is None and outer is not None:
             self.capture_content = outer.capture_content
-        if self.parent_run_id is None and outer is not None and outer is not self and not outer.is_muted:
-            self.parent_run_id = outer.run_id
-            self.root_run_id = self.root_run_id or outer.root_run_id
-            self.trace_id = self.trace_id or outer.trace_id
+        if self.parent_run_id is None and outer is not None and outer is not self:
+            self._inherit(outer)
         self.root_run_id = self.root_run_id or self.run_id
-        self.trace_id = self.trace_id or self.root_run_id
+        if not self.trace_id:
+            self._join()
         self._began = time.perf_counter()
         collector = self._collector
         if collector is None:
@@ -166,24 +176,67 @@ class Run:
             workflow_name=self.workflow_name,
             inputs={} if self._inputs is None else self._inputs,
             metadata={} if self._metadata is None else self._metadata,
-            session_id="" if self._session_id is None else self._session_id,
-            user_id="" if self._user_id is None else self._user_id,
-            user_group="" if self._user_group is None else self._user_group,
+            session_id="" if self.session_id is None else self.session_id,
+            user_id="" if self.user_id is None else self.user_id,
+            user_group="" if self.user_group is None else self.user_group,
             parent_run_id="" if self.parent_run_id is None else self.parent_run_id,
             root_run_id=self.root_run_id,
-            trace_id=self.trace_id,
+            trace_id=self.trace_id or "",
             task_id=self.task_id,
+            tags={} if self.tags is None else self.tags,
+            ambient={} if self.ambient is None else self.ambient,
         )
         self._pid = os.getpid()
         collector.open_runs[self.run_id] = self
         collector.write(started)
         self._unwritten = None
 
+    def _inherit(self, outer: Run) -> None:
+        """Take from the run around this one what it is part of, and for whom; what was given stays."""
+        if not outer.is_muted:
+            self.parent_run_id = outer.run_id
+            self.root_run_id = self.root_run_id or outer.root_run_id
+            self.trace_id = self.trace_id or outer.trace_id
+            self.trace = self.trace or outer.trace
+        if self.session_id is None:
+            self.session_id = outer.session_id
+        if self.user_id is None:
+            self.user_id = outer.user_id
+        if self.user_group is None:
+            self.user_group = outer.user_group
+        self.tags = _merged(outer.tags, self.tags)
+        self.ambient = _merged(outer.passes_on, self.ambient)
+
+    def _join(self) -> None:
+        """Be part of the trace that OpenTelemetry is in, where it is in one; else of one of one's own."""
+        self.trace = self.trace or w3c.of_opentelemetry()
+        if self.trace is not None:
+            self.trace_id = self.trace.trace_id
+        else:
+            self.trace_id = self.root_run_id if w3c.is_trace_id(self.root_run_id) else self.run_id
+
+    @property
+    def passes_on(self) -> dict[str, Any] | None:
+        """The metadata that the runs below this one have too: all but what an adapter tells of its task."""
+        own = self._metadata
+        # By its type alone: what the user has handed over may be anything.
+        return self.ambient if self.task_id or type(own) is not dict else _merged(self.ambient, own)
+
+    @property
+    def place(self) -> w3c.Trace | None:
+        """Where in a trace other tracers find this run; None if it is not recorded, or has not begun."""
+        if self.is_muted or not w3c.is_trace_id(self.trace_id):
+            return None
+        around = self.trace
+        flags, state = ("01", "") if around is None else (around.flags, around.state)
+        return w3c.Trace(str(self.trace_id), self.run_id[:16], flags, state)
+
     def end(
         self,
         state: str = "success",
         error: BaseException | None = None,
         *,
+        reason: str = "",
         error_type: str = "",
         error_message: str = "",
         traceback: str = "",
@@ -192,6 +245,7 @@ class Run:
 
         Args:
             state: one of `records.STATES`.
+            reason: why, in words for people, for an end that no error explains; none of the user's own words.
             error: the exception that ended it; its type, text and traceback are kept by the content rules.
             error_type: the error's type where there is no exception to read it from.
             error_message: the error's text, likewise.
@@ -217,6 +271,7 @@ class Run:
                 run_id=self.run_id,
                 state=state,
                 duration_ms=self.elapsed_s() * 1000,
+                reason=reason,
                 error_type=error_type,
                 error_message=error_message,
                 traceback=traceback,
@@ -335,14 +390,18 @@ class Run:
         return self.run_id, self._steps
 
     def set_tag(self, key: str, value: Any) -> None:
-        """Set a tag of this run; written at once, so that a killed run has it."""
+        """Set a tag of this run, and of those that are begun or enqueued from now on; written at once."""
+        name = key_text(key)
+        self.tags = {name: value} if self.tags is None else {**self.tags, name: value}
         if self._collector is not None:
-            self._collector.record(RunUpdated, run_id=self.run_id, tags={key_text(key): value})
+            self._collector.record(RunUpdated, run_id=self.run_id, tags={name: value})
 
     def set_metadata(self, key: str, value: Any) -> None:
-        """Set a metadata field of this run; written at once."""
+        """Set a metadata field, likewise."""
+        name = key_text(key)
+        self.ambient = {name: value} if self.ambient is None else {**self.ambient, name: value}
         if self._collector is not None:
-            self._collector.record(RunUpdated, run_id=self.run_id, metadata={key_text(key): value})
+            self._collector.record(RunUpdated, run_id=self.run_id, metadata={name: value})
 
     def set_result(self, result: Any) -> None:
         """Set what the run has produced (plain data); written when it ends."""
@@ -373,6 +432,10 @@ class Body:
         if self._is_inside:
             _current.set(self._outside)
             self._is_inside = False
+
+
+def _merged(outer: dict[str, Any] | None, inner: dict[str, Any] | None) -> dict[str, Any] | None:
+    return outer if inner is None else inner if outer is None else {**outer, **inner}
 
 
 def state_of(error: BaseException | None) -> str:

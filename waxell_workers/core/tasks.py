@@ -8,29 +8,25 @@ the flush policy. An adapter calls these from its framework's own hooks and hold
 from __future__ import annotations
 
 import os
-import re
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from .collector import Collector, configured, current, is_off
+from . import lineage
+from .collector import Collector, configured, current
 from .errors import ConfigError
 from .records import TaskLost
 from .runs import Run, get_context
-from .values import FLUSH_POLICIES
+from .values import FLUSH_POLICIES, PROPAGATION
 
-HEADER = "waxell"
-"""The name under which lineage travels in a message: Celery headers, RQ's `job.meta`, Dramatiq's options."""
-TRACEPARENT = "traceparent"
-"""W3C Trace Context, level 1: `00-<32 hex trace id>-<16 hex span id>-<2 hex flags>`."""
-
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$")
 _CLOCKS_S = 3600.0
 """How far the clock of whoever has enqueued a task may be ahead of ours."""
+_SKEW_S = 0.001
+"""Clocks that differ by less are not worth a word."""
 _LIMIT_MARGIN_S = 0.5
 """A flush ends this long before a framework's hard limit would kill the process."""
 _OPTIONS = "__waxell_options__"
@@ -46,6 +42,7 @@ class Options:
     agent_name: str | None = None
     record: bool = True
     capture_content: bool | None = None
+    propagate: str | None = None
 
 
 def options(
@@ -55,6 +52,7 @@ def options(
     agent_name: str | None = None,
     record: bool = True,
     capture_content: bool | None = None,
+    propagate: str | None = None,
 ) -> Callable[[_F], _F]:
     """Mark a task function, in any framework, above or below the framework's own decorator.
 
@@ -68,15 +66,18 @@ def options(
         agent_name: the run's agent name; the task's name otherwise.
         record: False to record nothing of this task.
         capture_content: whether its content is recorded: prompts, responses, arguments, and errors in full.
+        propagate: how this task is connected with what enqueues it: `parent`, `link` or `none`.
 
     Raises:
-        ConfigError: `flush` is neither policy, or `capture_content` neither True nor False.
+        ConfigError: `flush`, `capture_content` or `propagate` is none of what it may be.
     """
     if flush is not None and flush not in FLUSH_POLICIES:
         raise ConfigError("flush", flush, f"expected one of {', '.join(FLUSH_POLICIES)}")
     if capture_content is not None and not isinstance(capture_content, bool):
         raise ConfigError("capture_content", capture_content, "expected True or False")
-    chosen = Options(flush, flush_timeout, agent_name, record, capture_content)
+    if propagate is not None and propagate not in PROPAGATION:
+        raise ConfigError("propagate", propagate, f"expected one of {', '.join(PROPAGATION)}")
+    chosen = Options(flush, flush_timeout, agent_name, record, capture_content, propagate)
 
     def mark(function: _F) -> _F:
         setattr(function, _OPTIONS, chosen)
@@ -110,37 +111,16 @@ class Task:
     redelivered: bool = False
     eta: float | None = None
     message: Mapping[str, Any] = field(default_factory=dict)
-    """The message's headers, or whatever carries `HEADER` and `TRACEPARENT`."""
+    """The message's headers, or whatever carries what `lineage` has put there."""
     parent_task_id: str = ""
     root_task_id: str = ""
     group_id: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else one framework knows, as plain data: `schedule`, `depends_on`, …"""
     inputs: Callable[[], dict[str, Any]] | None = None
     """Makes the arguments, as plain data; called only if content is captured."""
     nested: bool = False
     """True if the task runs inside another on the same slot, as eager tasks do."""
-
-
-# -- enqueued ----------------------------------------------------------------------------------
-
-
-def lineage(previous: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a message that is being enqueued should carry, given what it carries already.
-
-    A message that is sent again (a retry) keeps its first parent and takes a new time.
-    """
-    if is_off():
-        return {}
-    carried = previous.get(HEADER)
-    own: dict[str, Any] = dict(carried) if isinstance(carried, Mapping) else {}
-    own["enqueued_at"] = time.time()
-    run = get_context()
-    if run is None or run.is_muted or "parent" in own:
-        return {HEADER: own}
-    own["parent"] = run.run_id
-    own["root"] = run.root_run_id
-    if TRACEPARENT in previous:
-        return {HEADER: own}
-    return {HEADER: own, TRACEPARENT: f"00-{run.trace_id}-{run.run_id[:16]}-01"}
 
 
 # -- started and ended -------------------------------------------------------------------------
@@ -182,10 +162,11 @@ def prepare(task: Task, marked: Options) -> Attempt:
     name = marked.agent_name or settings.agent_name or task.name
     slot = None if task.nested else threading.get_ident()
     timeout = settings.flush_timeout if marked.flush_timeout is None else marked.flush_timeout
+    carried = lineage.incoming(task.message)
+    mode = marked.propagate or lineage.stronger(settings.propagate, carried.mode)
+    kept: Collector | None = collector
     if not settings.observe or not marked.record or collector.excluded(task.name):
-        return Attempt(Run(None, name, task.framework), collector, "periodic", timeout, slot)
-    carried = task.message.get(HEADER)
-    own = carried if isinstance(carried, Mapping) else {}
+        kept = None
     wants_content = marked.capture_content
     if wants_content is None:  # on a slot of its own, what may still be current is no outer run
         outer = get_context() if task.nested else None
@@ -193,18 +174,57 @@ def prepare(task: Task, marked: Options) -> Attempt:
     if wants_content is None:
         wants_content = settings.capture_content
     run = Run(
-        collector,
+        kept,
         name,
         task.framework,
-        inputs=task.inputs() if task.inputs is not None and wants_content else None,
-        metadata=_metadata(task, own),
-        parent_run_id=_text(own.get("parent")),
-        root_run_id=_text(own.get("root")),
-        trace_id=_trace_id(task.message.get(TRACEPARENT)),
+        inputs=task.inputs() if task.inputs is not None and wants_content and kept is not None else None,
+        metadata=_metadata(task, carried, mode),
         task_id=task.task_id,
         capture_content=wants_content,
+        **_connected(carried, mode),
     )
-    return Attempt(run, collector, marked.flush or settings.flush, timeout, slot)
+    flush = "periodic" if kept is None else marked.flush or settings.flush
+    return Attempt(run, collector, flush, timeout, slot)
+
+
+def _connected(carried: lineage.Carried, mode: str) -> dict[str, Any]:
+    """Return what a run takes from the one that has enqueued it, as `Run` takes it."""
+    if mode == "none":
+        return {"parent_run_id": ""}
+    ambient = {
+        "session_id": carried.session_id or None,
+        "user_id": carried.user_id or None,
+        "user_group": carried.user_group or None,
+        "tags": carried.tags or None,
+        "ambient": carried.metadata or None,
+    }
+    if mode == "link":
+        return {"parent_run_id": "", **ambient}
+    return {
+        "parent_run_id": carried.run_id or None,
+        "root_run_id": carried.root_run_id or None,
+        "trace_id": carried.trace_id or None,
+        "trace": carried.trace,
+        **ambient,
+    }
+
+
+def never_began(task: Task, marked: Options, state: str, reason: str, error_type: str = "") -> None:
+    """Record an attempt that has ended before it could begin, from whichever process knows of it.
+
+    Args:
+        task: the attempt.
+        marked: the task's options.
+        state: one of `records.STATES`.
+        reason: why, in words for people: `revoked before start`.
+        error_type: the framework's exception, if there is one.
+    """
+    collector = configured()
+    if collector is None or not collector.active:
+        return
+    run = prepare(replace(task, nested=True, facts={**task.facts, "wait_s": None}), marked).run
+    run.start()
+    run.end(state, reason=reason, error_type=error_type)
 
 
 def begin(attempt: Attempt) -> None:
@@ -388,13 +408,14 @@ def worker_stopping(spent_s: float = 0.0) -> None:
         collector.stop(spent_s)
 
 
-def _metadata(task: Task, carried: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(task: Task, carried: lineage.Carried, mode: str) -> dict[str, Any]:
     now = time.time()
-    enqueued_at = carried.get("enqueued_at")
-    # Whoever can enqueue can write what he likes there: a number without end, for one.
-    known = isinstance(enqueued_at, (int, float)) and 0 <= enqueued_at <= now + _CLOCKS_S
-    enqueued_at = enqueued_at if known else None
+    enqueued_at = carried.enqueued_at
+    # Whoever can enqueue can write what he likes there: a time of the next century, for one.
+    if enqueued_at is not None and enqueued_at > now + _CLOCKS_S:
+        enqueued_at = None
     since = max(enqueued_at or 0.0, task.eta or 0.0)
+    linked = mode == "link"
     metadata = {
         "framework": task.framework,
         "task": task.name,
@@ -408,20 +429,16 @@ def _metadata(task: Task, carried: Mapping[str, Any]) -> dict[str, Any]:
         "enqueued_at": enqueued_at,
         "eta": task.eta,
         "wait_s": round(max(0.0, now - since), 6) if since else None,
-        "parent_task_id": task.parent_task_id,
-        "root_task_id": task.root_task_id,
+        "clock_skew_s": round(since - now, 6) if since > now + _SKEW_S else None,
+        "parent_task_id": task.parent_task_id if mode == "parent" else "",
+        "root_task_id": task.root_task_id if mode == "parent" else "",
         "group_id": task.group_id,
+        "previous_run_id": carried.previous_run_id,
+        "linked_run_id": carried.run_id if linked else "",
+        "linked_trace_id": carried.trace_id if linked else "",
+        **task.facts,
     }
     return {key: value for key, value in metadata.items() if value not in (None, "")}
 
 
 _host = socket.gethostname()
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _trace_id(traceparent: object) -> str | None:
-    match = _TRACEPARENT.match(traceparent) if isinstance(traceparent, str) else None
-    return match[1] if match else None

@@ -387,12 +387,16 @@ def unknown(run_id: str, record: Record) -> RunStarted:
 
 
 def _killed(record_id: str, at: float, lost: TaskLost | None, run_id: str, ms: float | None) -> RunEnded:
+    state, kind, why = "killed", "ProcessDied", "the process died without a word"
+    if lost is not None:
+        state, kind, why = lost.state, lost.error_type, lost.reason
     return RunEnded(
         id=record_id,
         at=at,
         run_id=run_id,
-        state=lost.state if lost is not None else "killed",
+        state=state,
+        reason=f"{state}: {why}",
         duration_ms=ms,
-        error_type=lost.error_type if lost is not None else "ProcessDied",
-        error_message=lost.reason if lost is not None else "the process died without a word",
+        error_type=kind,
+        error_message=why,
     )

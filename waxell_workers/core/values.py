@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from .errors import ConfigError
 
 FLUSH_POLICIES = ("periodic", "task")
+PROPAGATION = ("parent", "link", "none")
+"""How a task is connected with what has enqueued it; each connects less than the one before."""
 SHIPPERS = ("auto", "process", "thread", "external")
 EXPORTERS = {"waxell": "waxell_workers.export.waxell:WaxellExporter"}
 """Name of an exporter to `module:class`, imported by the shipper alone."""
@@ -195,6 +197,7 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     "drain": _names_of(*DRAINABLE),
     "capture": _names,
     "exclude": _names,
+    "propagate": _one_of(*PROPAGATION),
     "capture_content": _boolean,
     "content_limit": _count,
     "redact": _callable,

@@ -63,9 +63,7 @@ def start(started: RunStarted, *, bare: bool = False) -> dict[str, Any]:
         "agent_name": started.agent_name,
         "workflow_name": started.workflow_name,
         "inputs": {} if bare else started.inputs,
-        "metadata": {_OURS: ours}
-        if bare
-        else {**started.metadata, _OURS: {**_folded(started.metadata), **ours}},
+        "metadata": {_OURS: ours} if bare else {**_metadata(started), _OURS: {**_folded(started), **ours}},
         "trace_id": "",  # always empty here; `complete` has it
         "interaction_mode": "interactive" if started.session_id else "autonomous",
     }
@@ -80,7 +78,7 @@ def fold(started: RunStarted, update: RunUpdated) -> RunStarted:
 
     Doing it twice changes nothing.
     """
-    folded = _folded(started.metadata)
+    folded = _folded(started)
     ours = {
         "tags": {**folded.get("tags", {}), **update.tags},
         "metadata": {**folded.get("metadata", {}), **update.metadata},
@@ -89,11 +87,17 @@ def fold(started: RunStarted, update: RunUpdated) -> RunStarted:
     return msgspec.structs.replace(started, metadata=metadata)
 
 
-def _folded(metadata: dict[str, Any]) -> dict[str, Any]:
-    ours = metadata.get(_OURS)
-    if not isinstance(ours, dict):
-        return {}  # a user's own key of this name gives way
-    return {name: ours[name] for name in ("tags", "metadata") if isinstance(ours.get(name), dict)}
+def _metadata(started: RunStarted) -> dict[str, Any]:
+    return {**started.ambient, **started.metadata}
+
+
+def _folded(started: RunStarted) -> dict[str, Any]:
+    """Return the tags and the metadata that have been folded in, and the tags that the run began with."""
+    ours = started.metadata.get(_OURS)
+    if not isinstance(ours, dict):  # a user's own key of this name gives way
+        return {"tags": started.tags} if started.tags else {}
+    found = {name: ours[name] for name in ("tags", "metadata") if isinstance(ours.get(name), dict)}
+    return {**found, "tags": {**started.tags, **found.get("tags", {})}}
 
 
 def call(call: LLMCall) -> dict[str, Any]:
@@ -272,13 +276,14 @@ def complete(started: RunStarted, ended: RunEnded, *, bare: bool = False) -> dic
     ours: dict[str, Any] = {
         "run_id": started.run_id,
         "state": ended.state,
+        "reason": ended.reason,
         "duration_ms": ended.duration_ms,
         "started_at": started.at,
         "ended_at": ended.at,
     }
     result: dict[str, Any] = {_OURS: ours}
     if not bare:
-        ours.update({"tags": {}, "metadata": {}, **_folded(started.metadata)})
+        ours.update({"tags": {}, "metadata": {}, **_folded(started)})
         if ended.result is not None:
             result["output"] = ended.result
     status = _status(ended)

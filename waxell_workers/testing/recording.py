@@ -50,6 +50,8 @@ class RecordedRun:
     """`attempt`, `queue`, `task`, … and what `set_metadata` has set."""
     tags: dict[str, Any] = field(default_factory=dict)
     result: Any = None
+    reason: str = ""
+    """How it ended, in words, where no error says it."""
     error_type: str = ""
     error_message: str = ""
     traceback: str = ""
@@ -174,7 +176,8 @@ def _begin(run: RecordedRun, record: RunStarted) -> None:
         "inputs",
     ):
         setattr(run, name, getattr(record, name))
-    run.metadata = record.metadata | run.metadata
+    run.metadata = record.ambient | record.metadata | run.metadata
+    run.tags = record.tags | run.tags
 
 
 def _add(run: RecordedRun, record: LLMCall | Step | RunUpdated | RunEnded) -> None:
@@ -186,5 +189,5 @@ def _add(run: RecordedRun, record: LLMCall | Step | RunUpdated | RunEnded) -> No
         run.tags |= record.tags
         run.metadata |= record.metadata
     elif run.state == RUNNING:  # the first end counts
-        for name in ("state", "result", "error_type", "error_message", "traceback", "duration_ms"):
+        for name in ("state", "reason", "result", "error_type", "error_message", "traceback", "duration_ms"):
             setattr(run, name, getattr(record, name))

@@ -1,0 +1,205 @@
+"""Lineage: what a message carries, so that its run knows by which other it was enqueued, and for whom.
+
+Our own header, `waxell`, is a dict of plain values; W3C `traceparent` and `tracestate` stand beside it, for
+everybody else. Both may be missing, cut, or somebody else's: each part that is not what it should be is left
+out by itself, and nothing here raises. The user's own headers are never touched.
+
+    enqueued_at  Unix seconds, on the clock of whoever has enqueued
+    run, root    the enqueuing run, and the first run of all
+    trace        the trace id of both, 32 hexadecimal digits
+    session, user, user_group, tags, metadata      what is known of whom it is for, and travels on
+    previous     in a message that is sent again: the run of the attempt before
+    mode         `link` or `none`, if the sender wants no child
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from . import w3c
+from .collector import configured, is_off
+from .encoding import key_text, reduce
+from .runs import Run, get_context
+from .values import PROPAGATION
+
+logger = logging.getLogger("waxell_workers")
+
+HEADER = "waxell"
+"""The name under which lineage travels in a message: Celery headers, RQ's `job.meta`, Dramatiq's options."""
+TRAVELS = 4096
+"""How many bytes of tags, and of metadata, travel with a message: brokers have limits, and every hop pays."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
+_LONGEST = 1000
+_FOR_EVER = 1e11
+"""No Unix time in seconds that anybody means."""
+
+origin: ContextVar[Callable[[], Run | None] | None] = ContextVar("waxell_origin", default=None)
+"""Makes the run that enqueues where none is current: an adapter sets it for a web request."""
+
+_said: list[bool] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a message has carried, as far as it can be believed; empty what it has not."""
+
+    enqueued_at: float | None = None
+    run_id: str = ""
+    root_run_id: str = ""
+    trace_id: str = ""
+    previous_run_id: str = ""
+    mode: str = "parent"
+    session_id: str = ""
+    user_id: str = ""
+    user_group: str = ""
+    tags: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    trace: w3c.Trace | None = None
+    """The place in a trace that `traceparent` tells."""
+
+
+def outgoing(message: Mapping[str, Any], *, again: bool = False) -> dict[str, Any]:
+    """Return what a message that is being enqueued is to carry more than it does.
+
+    Args:
+        message: what it carries already: the user's headers, and ours if it was sent before.
+        again: True if the current run sends its own message once more: a retry. It keeps its parent.
+    """
+    if is_off():
+        return {}
+    carried = message.get(HEADER)
+    before: dict[str, Any] = dict(carried) if isinstance(carried, Mapping) else {}
+    run = get_context()
+    now = time.time()
+    if again and run is not None:
+        return {HEADER: _sent_again(before, run) | {"enqueued_at": now}} | _trace_of(run, message)
+    if run is None and not before:
+        make = origin.get()
+        run = None if make is None else make()
+    mode = _mode()
+    own: dict[str, Any] = {"enqueued_at": now} if mode == "parent" else {"enqueued_at": now, "mode": mode}
+    if mode == "none":
+        return {HEADER: own}
+    if run is None:  # sent on by nobody who is somebody's child: a delay is over, a worker requeues
+        return {HEADER: before | own, **_trace_of(None, message)}
+    # Whatever was there is of another message, from which the user has copied all headers.
+    own |= _of(run)
+    return {HEADER: own} if mode == "link" else {HEADER: own, **_trace_of(run, message)}
+
+
+def incoming(message: Mapping[str, Any]) -> Carried:
+    """Return what a message has carried; whatever it is, this raises nothing."""
+    found = message.get(HEADER)
+    own = found if isinstance(found, Mapping) else {}
+    mode = own.get("mode")
+    return Carried(
+        enqueued_at=_time(own.get("enqueued_at")),
+        run_id=_id(own.get("run")),
+        root_run_id=_id(own.get("root")),
+        trace_id=own["trace"] if w3c.is_trace_id(own.get("trace")) else "",
+        previous_run_id=_id(own.get("previous")),
+        mode=mode if mode in PROPAGATION else "parent",
+        session_id=_text(own.get("session")),
+        user_id=_text(own.get("user")),
+        user_group=_text(own.get("user_group")),
+        tags=_values(own.get("tags")),
+        metadata=_values(own.get("metadata")),
+        trace=w3c.read(message.get(w3c.TRACEPARENT), message.get(w3c.TRACESTATE)),
+    )
+
+
+def stronger(one: str, other: str) -> str:
+    """Return the one of two modes that connects less."""
+    return max(one, other, key=PROPAGATION.index)
+
+
+def _mode() -> str:
+    collector = configured()
+    return "parent" if collector is None else collector.settings.propagate
+
+
+def _sent_again(before: dict[str, Any], run: Run) -> dict[str, Any]:
+    if run.is_muted:
+        return before
+    own = before | {"previous": run.run_id}
+    if "run" not in before:  # a root's attempts are one story, too
+        own |= {"root": run.root_run_id, "trace": run.trace_id}
+    return own
+
+
+def _of(run: Run) -> dict[str, Any]:
+    # A run that is not recorded stands between its parent and its children as if it were not there.
+    parent = run.parent_run_id if run.is_muted else run.run_id
+    own = {
+        "run": parent,
+        "root": run.root_run_id if parent else None,
+        "trace": run.trace_id,
+        "session": _said_text(run.session_id),
+        "user": _said_text(run.user_id),
+        "user_group": _said_text(run.user_group),
+        "tags": _travelling(run.tags),
+        "metadata": _travelling(run.passes_on),
+    }
+    return {name: value for name, value in own.items() if value}
+
+
+def _trace_of(run: Run | None, message: Mapping[str, Any]) -> dict[str, str]:
+    """Return the headers for other tracers; none if one of them has said already what it wants."""
+    if w3c.TRACEPARENT in message:
+        return {}
+    theirs = w3c.of_opentelemetry()
+    if theirs is not None:
+        return theirs.headers()
+    place = None if run is None else run.place
+    return {} if place is None else place.headers()
+
+
+def _travelling(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return tags or metadata as plain data, as far as there is room."""
+    kept: dict[str, Any] = {}
+    left = TRAVELS
+    for key, value in (values or {}).items():
+        name, plain = key_text(key), reduce(value)
+        size = len(msgspec.json.encode({name: plain}))
+        if size <= left:
+            kept[name] = plain
+            left -= size
+        elif not _said:
+            _said.append(True)
+            logger.warning("tags or metadata beyond %d bytes do not travel with messages", TRAVELS)
+    return kept
+
+
+def _said_text(value: object) -> str:
+    # By its type alone: the truth of an object of the user's is the user's code.
+    return str(value)[:_LONGEST] if type(value) in (str, int) else ""
+
+
+def _time(value: object) -> float | None:
+    if isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < _FOR_EVER:
+        return float(value)
+    return None
+
+
+def _id(value: object) -> str:
+    return value if type(value) is str and _ID.fullmatch(value) else ""
+
+
+def _text(value: object) -> str:
+    return value[:_LONGEST] if type(value) is str else ""
+
+
+def _values(value: object) -> dict[str, Any]:
+    if type(value) is not dict or not value:
+        return {}
+    plain = reduce(value)
+    return plain if type(plain) is dict else {}
