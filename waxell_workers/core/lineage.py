@@ -39,6 +39,8 @@ TRAVELS = 4096
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
 _LONGEST = 1000
+_LONGEST_KEY = 255
+_INTEGERS = 1 << 63
 _FOR_EVER = 1e11
 """No Unix time in seconds that anybody means."""
 
@@ -76,31 +78,31 @@ def outgoing(message: Mapping[str, Any], *, again: bool = False) -> dict[str, An
     """
     if is_off():
         return {}
-    carried = message.get(HEADER)
-    before: dict[str, Any] = dict(carried) if isinstance(carried, Mapping) else {}
+    before = _plain(message.get(HEADER))
     run = get_context()
     now = time.time()
     if again and run is not None:
         return {HEADER: _sent_again(before, run) | {"enqueued_at": now}} | _trace_of(run, message)
-    if run is None and not before:
-        make = origin.get()
-        run = None if make is None else make()
     mode = _mode()
     own: dict[str, Any] = {"enqueued_at": now} if mode == "parent" else {"enqueued_at": now, "mode": mode}
     if mode == "none":
         return {HEADER: own}
+    if run is None and not before:
+        make = origin.get()
+        run = None if make is None else make()
     if run is None:  # sent on by nobody who is somebody's child: a delay is over, a worker requeues
         return {HEADER: before | own, **_trace_of(None, message)}
     # Whatever was there is of another message, from which the user has copied all headers.
     own |= _of(run)
-    return {HEADER: own} if mode == "link" else {HEADER: own, **_trace_of(run, message)}
+    if mode == "link":
+        return {HEADER: own}
+    return {HEADER: own, **_trace_of(run, {} if _has_place_of(before, message) else message)}
 
 
 def incoming(message: Mapping[str, Any]) -> Carried:
     """Return what a message has carried; whatever it is, this raises nothing."""
-    found = message.get(HEADER)
-    own = found if isinstance(found, Mapping) else {}
-    mode = own.get("mode")
+    own = _plain(message.get(HEADER))
+    mode = _text(own.get("mode"))
     return Carried(
         enqueued_at=_time(own.get("enqueued_at")),
         run_id=_id(own.get("run")),
@@ -127,6 +129,17 @@ def _mode() -> str:
     return "parent" if collector is None else collector.settings.propagate
 
 
+def _plain(header: object) -> dict[str, Any]:
+    # By its type alone, here and below: what is pickled may be an object that answers with the user's code.
+    return dict(header) if type(header) is dict else {}
+
+
+def _has_place_of(before: dict[str, Any], message: Mapping[str, Any]) -> bool:
+    """True if the headers for other tracers are ours, copied from another message with all the rest."""
+    place = w3c.read(message.get(w3c.TRACEPARENT))
+    return place is not None and place.span_id == _id(before.get("run"))[:16]
+
+
 def _sent_again(before: dict[str, Any], run: Run) -> dict[str, Any]:
     if run.is_muted:
         return before
@@ -137,12 +150,11 @@ def _sent_again(before: dict[str, Any], run: Run) -> dict[str, Any]:
 
 
 def _of(run: Run) -> dict[str, Any]:
-    # A run that is not recorded stands between its parent and its children as if it were not there.
-    parent = run.parent_run_id if run.is_muted else run.run_id
+    parent = run.seen_as
     own = {
         "run": parent,
         "root": run.root_run_id if parent else None,
-        "trace": run.trace_id,
+        "trace": run.trace_id if w3c.is_trace_id(run.trace_id) else None,
         "session": _said_text(run.session_id),
         "user": _said_text(run.user_id),
         "user_group": _said_text(run.user_group),
@@ -164,29 +176,41 @@ def _trace_of(run: Run | None, message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _travelling(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return tags or metadata as plain data, as far as there is room."""
+    """Return tags or metadata as what every broker takes, as far as there is room."""
     kept: dict[str, Any] = {}
     left = TRAVELS
-    for key, value in (values or {}).items():
-        name, plain = key_text(key), reduce(value)
-        size = len(msgspec.json.encode({name: plain}))
-        if size <= left:
-            kept[name] = plain
-            left -= size
+    for key, value in list((values or {}).items()):  # of a copy: another thread may change it meanwhile
+        # There and back: times and decimals become texts, which is all that most serializers know.
+        written = msgspec.json.encode({reduce(key_text(key)): reduce(value)})
+        plain = msgspec.json.decode(written)
+        if len(written) <= left and _is_portable(plain):
+            kept |= plain
+            left -= len(written)
         elif not _said:
             _said.append(True)
             logger.warning("tags or metadata beyond %d bytes do not travel with messages", TRAVELS)
     return kept
 
 
+def _is_portable(plain: Any) -> bool:
+    """True if AMQP's tables and msgpack can say it: keys of less than 256 bytes, integers of 64 bits."""
+    if type(plain) is dict:
+        return all(len(key.encode()) <= _LONGEST_KEY and _is_portable(plain[key]) for key in plain)
+    if type(plain) is list:
+        return all(map(_is_portable, plain))
+    return type(plain) is not int or -_INTEGERS <= plain < _INTEGERS
+
+
 def _said_text(value: object) -> str:
-    # By its type alone: the truth of an object of the user's is the user's code.
-    return str(value)[:_LONGEST] if type(value) in (str, int) else ""
+    kind = type(value)
+    is_text = kind is str or (kind is int and -_INTEGERS <= value < _INTEGERS)  # type: ignore[operator]
+    return key_text(str(value))[:_LONGEST] if is_text else ""
 
 
 def _time(value: object) -> float | None:
-    if isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < _FOR_EVER:
-        return float(value)
+    kind = type(value)
+    if (kind is float or kind is int) and 0 <= value < _FOR_EVER:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
     return None
 
 

@@ -151,17 +151,25 @@ class Run:
         chosen = self.capture_content
         return self._collector.settings.capture_content if chosen is None else chosen
 
-    def start(self) -> None:
-        """Write that the run has begun. Its id exists before, so that an interrupt cannot orphan it."""
+    def connect(self) -> None:
+        """Find the run's parent, root and trace, without a word; more than once is once."""
         outer = _current.get()
         if self.capture_content is None and outer is not None:
             self.capture_content = outer.capture_content
         if self.parent_run_id is None and outer is not None and outer is not self:
             self._inherit(outer)
-        self.root_run_id = self.root_run_id or self.run_id
+        self.root_run_id = self.root_run_id or self.seen_as or self.run_id
         if not self.trace_id:
             self._join()
-        self._began = time.perf_counter()
+
+    def start(self, ago_s: float = 0.0) -> None:
+        """Write that the run has begun. Its id exists before, so that an interrupt cannot orphan it.
+
+        Args:
+            ago_s: how many seconds ago that was, for a run that is told of later.
+        """
+        self.connect()
+        self._began = time.perf_counter() - ago_s
         collector = self._collector
         if collector is None:
             self._pid = os.getpid()
@@ -169,7 +177,7 @@ class Run:
         # What the user has handed over is compared with None alone: its truth may be the user's code.
         started = self._unwritten = RunStarted(
             id=self.run_id,
-            at=time.time(),
+            at=time.time() - ago_s,
             proc=collector.token(),
             run_id=self.run_id,
             agent_name=self.agent_name,
@@ -180,7 +188,7 @@ class Run:
             user_id="" if self.user_id is None else self.user_id,
             user_group="" if self.user_group is None else self.user_group,
             parent_run_id="" if self.parent_run_id is None else self.parent_run_id,
-            root_run_id=self.root_run_id,
+            root_run_id=self.root_run_id or "",
             trace_id=self.trace_id or "",
             task_id=self.task_id,
             tags={} if self.tags is None else self.tags,
@@ -193,8 +201,8 @@ class Run:
 
     def _inherit(self, outer: Run) -> None:
         """Take from the run around this one what it is part of, and for whom; what was given stays."""
-        if not outer.is_muted:
-            self.parent_run_id = outer.run_id
+        parent = outer.seen_as
+        if parent:
             self.root_run_id = self.root_run_id or outer.root_run_id
             self.trace_id = self.trace_id or outer.trace_id
             self.trace = self.trace or outer.trace
@@ -206,6 +214,8 @@ class Run:
             self.user_group = outer.user_group
         self.tags = _merged(outer.tags, self.tags)
         self.ambient = _merged(outer.passes_on, self.ambient)
+        if parent:  # last: an interrupt before has all this done again
+            self.parent_run_id = parent
 
     def _join(self) -> None:
         """Be part of the trace that OpenTelemetry is in, where it is in one; else of one of one's own."""
@@ -216,6 +226,11 @@ class Run:
             self.trace_id = self.root_run_id if w3c.is_trace_id(self.root_run_id) else self.run_id
 
     @property
+    def seen_as(self) -> str:
+        """The run that those below have as their parent; one that is not recorded names its own parent."""
+        return (self.parent_run_id or "") if self.is_muted else self.run_id
+
+    @property
     def passes_on(self) -> dict[str, Any] | None:
         """The metadata that the runs below this one have too: all but what an adapter tells of its task."""
         own = self._metadata
@@ -224,8 +239,13 @@ class Run:
 
     @property
     def place(self) -> w3c.Trace | None:
-        """Where in a trace other tracers find this run; None if it is not recorded, or has not begun."""
-        if self.is_muted or not w3c.is_trace_id(self.trace_id):
+        """Where in a trace other tracers find this run; None before it has begun.
+
+        One that is not recorded passes on what it has come with, if anything.
+        """
+        if self.is_muted:
+            return self.trace
+        if not w3c.is_trace_id(self.trace_id):
             return None
         around = self.trace
         flags, state = ("01", "") if around is None else (around.flags, around.state)

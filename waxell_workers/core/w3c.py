@@ -3,7 +3,7 @@
 What comes in may be anybody's: what is not as the specification wants it counts as not there. OpenTelemetry
 is asked only where the process has imported it already; nothing here imports it.
 
-Source: https://www.w3.org/TR/trace-context/, level 1, sections 3.2 and 3.3.
+Source: https://www.w3.org/TR/trace-context/, level 1, sections 3.2 and 3.3; for flags, level 2.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ TRACESTATE = "tracestate"
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
+_KNOWN_FLAGS = 0b11
+"""`sampled` and, of level 2, `random`; whoever passes a place on clears the others."""
 _LONGEST = 512
 """Characters of a `traceparent` of a version to come that are looked at; today's has 55."""
 
@@ -58,7 +60,7 @@ def read(traceparent: object, tracestate: object = None) -> Trace | None:
     if not is_trace_id(trace_id) or not int(span_id, 16):
         return None
     known = type(tracestate) is str and _TRACESTATE.fullmatch(tracestate) is not None
-    return Trace(trace_id, span_id, flags, str(tracestate) if known else "")
+    return Trace(trace_id, span_id, f"{int(flags, 16) & _KNOWN_FLAGS:02x}", str(tracestate) if known else "")
 
 
 def is_trace_id(value: object) -> bool:
