@@ -4,7 +4,8 @@
 
 A task is seen where Starlette itself makes and calls it: `BackgroundTask.__init__` and `__call__` are wrapped
 once, when the first middleware is made, and do nothing of their own outside a request that came through one.
-The request is no run, the response is not touched, and nothing here blocks the event loop.
+A request is a run only if it enqueues a message outside any other, and then never the current one. The
+response is not touched, and nothing here blocks the event loop.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,13 +21,15 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .core import lineage, tasks, w3c
-from .core.collector import Collector
+from .core.collector import Collector, configured
 from .core.encoding import reduce
 from .core.ids import new_id
-from .core.runs import state_of
+from .core.runs import Run, state_of
 
 __all__ = ["WaxellMiddleware"]
 
@@ -68,21 +71,26 @@ class WaxellMiddleware:
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._booted:  # no lifespan: switched off, or this is the middleware of a mounted app
             await self._boot()
-        request = _Request(_framework(scope.get("app", self.app)), _traceparent(scope))
-        scope[_SEEN] = request
-        outer = _current.get()
+        scope[_SEEN] = True
+        request = _Request(_framework(scope.get("app", self.app)), scope, send)
+        outer, origin = _current.get(), lineage.origin.get()
         _current.set(request)
+        lineage.origin.set(request.as_origin)
         self._requests += 1
         try:
             try:
-                await self.app(scope, receive, send)
-            except Exception:
-                await request.flush()
+                await self.app(scope, receive, request.send)
+            except BaseException as error:
+                request.over(error)
+                if isinstance(error, Exception):
+                    await request.flush()
                 raise
+            request.over(None)
             await request.flush()
         finally:
             self._requests -= 1
             _current.set(outer)
+            lineage.origin.set(origin)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def after_the_app(message: Message) -> None:
@@ -113,21 +121,120 @@ class WaxellMiddleware:
 # -- the request that is served here -----------------------------------------------------------
 
 
+class _RequestRun(Run):
+    """The run of a request: the parent of what it enqueues, and of its background tasks."""
+
+    __slots__ = ()
+
+    @property
+    def passes_on(self) -> dict[str, Any] | None:
+        """Nothing: its metadata is ours, not the user's."""
+        return None
+
+
 class _Request:
     """One request: what its tasks inherit from it, and whether its end is to wait for a flush."""
 
-    __slots__ = ("_collector", "_flush_timeout", "_framework", "_inherited")
+    __slots__ = (
+        "_began",
+        "_collector",
+        "_end",
+        "_flush_timeout",
+        "_framework",
+        "_inherited",
+        "_runs",
+        "_scope",
+        "_send",
+        "_status",
+    )
 
-    def __init__(self, framework: str, inherited: Mapping[str, Any]) -> None:
+    def __init__(self, framework: str, scope: Scope, send: Send) -> None:
         self._framework = framework
-        self._inherited = inherited
+        self._scope = scope
+        self._send = send
+        self._inherited = _trace_headers(scope)
+        self._began = time.perf_counter()
+        self._status = 0
+        self._runs: dict[str, Run] = {}
+        """At most one; threads of an endpoint may come for it at once, and none of them waits here."""
+        self._end: tuple[str, str] | None = None
+        """State and reason, once the app has returned."""
         self._collector: Collector | None = None
         self._flush_timeout = 0.0
 
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass a message of the response on, and note the status."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+        return self._send(message)
+
+    def as_origin(self) -> Run | None:
+        """Return this request's run, made now unless it was; None where it is not recorded.
+
+        What the endpoint has left running may enqueue when the request is over: its run begins late, and has
+        ended already.
+        """
+        run = self.run()
+        if run is not None:
+            return run
+        collector, name = configured(), _request_name(self._scope)
+        if collector is None or not collector.active or collector.excluded(name):
+            return None
+        made = _RequestRun(
+            collector,
+            name,
+            self._framework,
+            metadata={"framework": self._framework},
+            parent_run_id="",
+            trace=w3c.read(*map(self._inherited.get, (w3c.TRACEPARENT, w3c.TRACESTATE))),
+        )
+        made.connect()  # whoever else finds it there must find its trace, too
+        run = self._runs.setdefault("run", made)
+        if run is made:
+            made.start(time.perf_counter() - self._began)
+            if self._end is not None:
+                state, reason = self._end
+                made.end(state, reason=reason)
+        return run
+
+    def run(self) -> Run | None:
+        """Return this request's run if there is one."""
+        return self._runs.get("run")
+
+    def over(self, error: BaseException | None) -> None:
+        """End the request's run, if there is one, now that the app has returned."""
+        state, reason = state_of(error), ""
+        if isinstance(error, ClientDisconnect):
+            state, reason = "interrupted", "interrupted: the client has gone"
+        elif state == "interrupted":
+            reason = "interrupted: the request was cancelled"
+        elif error is None and self._status >= 500:
+            state, reason = "error", f"answered {int(self._status)}"
+        self._end = (state, reason)  # first: another thread may be making the run
+        run = self.run()
+        if run is not None:
+            run.end(state, error, reason=reason)
+
     def added(self, task: BackgroundTask) -> None:
         """Note with a task what is known where it is made: in a sync endpoint, nobody else knows the run."""
-        message = {**self._inherited, **lineage.outgoing({})}
-        task.__dict__[_ADDED] = _Added(message, new_id())
+        task.__dict__[_ADDED] = _Added({**self._inherited, **self._sent()}, new_id())
+
+    def _sent(self) -> dict[str, Any]:
+        """Return what a message would carry; a task alone makes no run of its request."""
+        origin = lineage.origin.get()
+        lineage.origin.set(self.run)
+        try:
+            return lineage.outgoing({})
+        finally:
+            lineage.origin.set(origin)
+
+    def _message(self, added: _Added) -> Mapping[str, Any]:
+        """Return what a task has carried; its request may have become a run since."""
+        before = added.message.get(lineage.HEADER, {})
+        if self.run() is None or "run" in before:
+            return added.message
+        sent = self._sent()
+        return {**added.message, **sent, lineage.HEADER: {**sent.get(lineage.HEADER, {}), **before}}
 
     def prepare(self, task: BackgroundTask) -> tasks.Attempt:
         """Make the attempt of a task; it is not begun yet."""
@@ -141,7 +248,7 @@ class _Request:
                 name=_name(candidates[-1]),
                 task_id=added.task_id,
                 attempt=added.attempts,
-                message=added.message,
+                message=self._message(added),
                 inputs=lambda: {"args": reduce(args), "kwargs": reduce(kwargs)},
                 nested=True,  # the event loop's thread is no serial slot
             ),
@@ -237,12 +344,73 @@ def _framework(app: object) -> str:
     return "fastapi" if fastapi else "starlette"
 
 
-def _traceparent(scope: Scope) -> dict[str, str]:
+def _trace_headers(scope: Scope) -> dict[str, str]:
     """Return the trace that the client is in; our own header travels in messages only, not over HTTP."""
+    found: dict[str, str] = {}
     for name, value in scope.get("headers", ()):
         if name == b"traceparent":
-            return {w3c.TRACEPARENT: value.decode("latin-1")}
-    return {}
+            found[w3c.TRACEPARENT] = value.decode("latin-1")
+        elif name == b"tracestate":  # a list, which may come in parts
+            text = value.decode("latin-1")
+            before = found.get(w3c.TRACESTATE)
+            found[w3c.TRACESTATE] = text if before is None else f"{before},{text}"
+    return found
+
+
+_METHODS = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
+)
+
+
+def _request_name(scope: Scope) -> str:
+    """Return method and template of the route: `POST /tickets/{id}`.
+
+    Nothing of what the client has sent: ids and secrets stand in paths, and a method may be any word. Where
+    no route is known, as in other middleware, it is the method alone.
+    """
+    method = scope.get("method")
+    return f"{method if method in _METHODS else 'HTTP'} {_template(scope)}".rstrip()
+
+
+def _template(scope: Scope) -> str:
+    prefix, routes = _mounted(scope)
+    route = scope.get("route") or _route_of_endpoint(scope, routes)
+    included = scope.get(
+        "fastapi"
+    )  # FastAPI from 0.13x: the route itself knows nothing of its router's prefix
+    context = included.get("effective_route_context") if isinstance(included, dict) else None
+    if context is not None and getattr(context, "original_route", None) is route:
+        route = context
+    path = None if isinstance(route, Mount) else getattr(route, "path_format", None)
+    return prefix + path if isinstance(path, str) else prefix
+
+
+def _mounted(scope: Scope) -> tuple[str, Sequence[BaseRoute]]:
+    """Return the template of where the app stands that has the route, and its routes."""
+    routes: Sequence[BaseRoute] = getattr(scope.get("router"), "routes", ())
+    rest = scope.get("root_path", "").removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
+    template = ""
+    while rest:
+        for route in routes:
+            found = route.path_regex.match(rest + "/") if isinstance(route, Mount) else None
+            if found is not None and isinstance(route, Mount):
+                template += route.path
+                rest = ("/" + found["path"]).rstrip("/")
+                routes = route.routes
+                break
+        else:
+            return "", ()
+    return template, routes
+
+
+def _route_of_endpoint(scope: Scope, routes: Sequence[BaseRoute]) -> BaseRoute | None:
+    """Return the route to an endpoint: Starlette itself does not tell it before 0.5x."""
+    endpoint = scope.get("endpoint")
+    path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+    for route in routes if endpoint is not None else ():
+        if isinstance(route, Route) and route.endpoint is endpoint and route.path_regex.match(path):
+            return route
+    return None
 
 
 _limiters: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar("waxell_threads")

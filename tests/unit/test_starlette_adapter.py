@@ -6,31 +6,36 @@ Real servers are in `tests/acceptance`.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import logging
 import subprocess
 import sys
 import threading
+import time
 from contextlib import asynccontextmanager
 
 import anyio
 import anyio.to_thread
 import pytest
+from fastapi import APIRouter, FastAPI
 from fastapi import BackgroundTasks as InjectedTasks
-from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.responses import PlainTextResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 
 import waxell_workers.fastapi
 from waxell_workers import WaxellContext, get_context, observe, options
 from waxell_workers.core import collector as collecting
+from waxell_workers.core import lineage
 from waxell_workers.core.flush import FlushResult
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted
 from waxell_workers.starlette import WaxellMiddleware
@@ -62,6 +67,17 @@ def call(app, **headers):
 
 
 OURS = Middleware(WaxellMiddleware)
+
+
+class Plain(BaseHTTPMiddleware):
+    """A user's own middleware of the usual kind."""
+
+    async def dispatch(self, request, call_next):
+        return await call_next(request)
+
+
+BASE = Middleware(Plain)
+GZIP = Middleware(GZipMiddleware, minimum_size=1)
 
 
 def tell(model="m"):
@@ -244,6 +260,468 @@ def test_an_incoming_traceparent_gives_the_trace(records, header, trace):
     [run] = records(RunStarted)
     assert run.trace_id == (trace or run.run_id)
     assert run.parent_run_id == ""
+
+
+# -- requests that enqueue ---------------------------------------------------------------------
+
+
+def enqueue(**headers):
+    """Do what each adapter does as a message is enqueued, and return what the message carries."""
+    return lineage.outgoing(headers)
+
+
+def parent_of(message):
+    return message[lineage.HEADER].get("run", "")
+
+
+@pytest.mark.parametrize("framework", [Starlette, FastAPI])
+@pytest.mark.parametrize("endpoint", ["sync", "async"])
+def test_a_request_that_enqueues_is_a_run(records, endpoint, framework):
+    """The first message makes the request a run, which all its messages have as their parent."""
+    messages = []
+
+    def sync(request):
+        messages.extend((enqueue(), enqueue()))
+        assert get_context() is None
+        waxell_workers.record_llm_call(model="in the endpoint")
+        return PlainTextResponse("ok")
+
+    async def asynchronous(request):
+        return sync(request)
+
+    call(application(sync if endpoint == "sync" else asynchronous, OURS, framework=framework))
+    [run], [end] = records(RunStarted), records(RunEnded)
+    name = framework.__name__.lower()
+    assert (run.agent_name, run.workflow_name, run.task_id) == ("GET /", name, "")
+    assert (run.parent_run_id, run.root_run_id, run.metadata) == ("", run.run_id, {"framework": name})
+    assert (end.run_id, end.state, end.reason) == (run.run_id, "success", "")
+    assert [parent_of(message) for message in messages] == [run.run_id] * 2
+    assert messages[0][lineage.HEADER]["root"] == run.run_id
+    assert messages[0][lineage.HEADER]["trace"] == run.trace_id == run.run_id
+    assert messages[0]["traceparent"] == f"00-{run.trace_id}-{run.run_id[:16]}-01"
+    assert "metadata" not in messages[0][lineage.HEADER]
+    assert [said.run_id for said in records(LLMCall)] == [""], "the request's run is never the current one"
+    assert lineage.origin.get() is None
+
+
+def test_a_request_that_enqueues_nothing_leaves_nothing(records, tmp_path):
+    """Neither a run nor a record, with background tasks or without."""
+    call(application(lambda request: PlainTextResponse("ok"), OURS))
+    assert records(object) == []
+    call(application(lambda request: PlainTextResponse("ok", background=BackgroundTask(len, ())), OURS))
+    assert [run.agent_name for run in records(RunStarted)] == ["len"]
+
+
+def test_the_run_has_begun_with_the_request(records):
+    """However late the message: start and duration are the request's, up to the app's return."""
+
+    async def endpoint(request):
+        await anyio.sleep(0.05)
+        enqueue()
+        await anyio.sleep(0.05)
+        return PlainTextResponse("ok")
+
+    before = time.time()
+    call(application(endpoint, OURS))
+    [run], [end] = records(RunStarted), records(RunEnded)
+    assert before - 0.001 <= run.at <= end.at - 0.1 + 0.001
+    assert end.duration_ms >= 100
+    assert end.at - run.at == pytest.approx(end.duration_ms / 1000, abs=0.02)
+
+
+def test_threads_of_one_request_make_one_run(records):
+    """Threads that enqueue at once, with the endpoint's context: one run, whole for all of them."""
+    found = []
+
+    def endpoint(request):
+        ready = threading.Barrier(8)
+
+        def work():
+            ready.wait()
+            found.append(enqueue())
+
+        threads = [threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return PlainTextResponse("ok")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            found.clear()
+            call(application(endpoint, OURS))
+            run = records(RunStarted)[-1]
+            assert {parent_of(message) for message in found} == {run.run_id}
+            assert {message[lineage.HEADER]["trace"] for message in found} == {run.trace_id}
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(records(RunStarted)) == len(records(RunEnded)) == 20
+
+
+def answering(status):
+    return lambda request: (enqueue(), PlainTextResponse("ok", status))[1]
+
+
+def raising(error):
+    def endpoint(request):
+        enqueue()
+        raise error
+
+    return endpoint
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "state", "reason", "kind"),
+    [
+        (answering(201), "success", "", ""),
+        (answering(404), "success", "", ""),
+        (answering(503), "error", "answered 503", ""),
+        (raising(HTTPException(502)), "error", "answered 502", ""),
+        (raising(HTTPException(409)), "success", "", ""),
+        (raising(ValueError("no")), "error", "", "ValueError"),
+        (raising(ClientDisconnect()), "interrupted", "interrupted: the client has gone", "ClientDisconnect"),
+    ],
+    ids=["created", "not found", "unavailable", "raised 502", "raised 409", "unhandled", "client gone"],
+)
+def test_how_a_request_ends(records, endpoint, state, reason, kind):
+    """An unhandled exception and an answer of 500 or above are errors; what is the client's fault is none."""
+    client = TestClient(application(endpoint, OURS), raise_server_exceptions=False)
+    client.get("/")
+    [end] = records(RunEnded)
+    assert (end.state, end.reason, end.error_type.rpartition(".")[2]) == (state, reason, kind)
+
+
+def test_a_cancelled_request_is_interrupted(records):
+    """A server that cancels the app's call: the run ends there, and the cancellation goes on."""
+
+    async def endpoint(request):
+        enqueue()
+        await asyncio.sleep(60)
+
+    async def cancel():
+        request = asyncio.create_task(serve(application(endpoint, OURS)))
+        while not records(RunStarted):
+            await asyncio.sleep(0.01)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+
+    asyncio.run(cancel())
+    [end] = records(RunEnded)
+    assert (end.state, end.reason) == ("interrupted", "interrupted: the request was cancelled")
+
+
+def secret_id(request):
+    enqueue()
+    return PlainTextResponse("ok")
+
+
+def mounted(path, *routes):
+    return Starlette(routes=[Mount(path, routes=[*routes])], middleware=[OURS])
+
+
+def fastapi_with_routers():
+    """A router in a router in an app, as FastAPI joins them: since 0.13x, only as a request comes."""
+    inner, outer, app = APIRouter(prefix="/tickets"), APIRouter(prefix="/{tenant}"), FastAPI()
+    inner.add_api_route("/{number}", lambda number: len([enqueue()]))
+    outer.include_router(inner)
+    app.include_router(outer, prefix="/v1")
+    app.add_middleware(WaxellMiddleware)
+    return app
+
+
+def fastapi_mounted():
+    app, inner = FastAPI(), FastAPI()
+    inner.add_api_route("/tickets/{number}", lambda number: len([enqueue()]))
+    app.mount("/tenants/{tenant}", inner)
+    app.add_middleware(WaxellMiddleware)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("app", "path", "name"),
+    [
+        (Starlette(routes=[Route("/t/{id:int}", secret_id)], middleware=[OURS]), "/t/42", "GET /t/{id}"),
+        (mounted("/api", Route("/t/{id}", secret_id)), "/api/t/s3cret", "GET /api/t/{id}"),
+        (
+            mounted("/of/{user}", Mount("/x", routes=[Route("/t/{id}", secret_id)])),
+            "/of/s3cret/x/t/42",
+            "GET /of/{user}/x/t/{id}",
+        ),
+        (
+            mounted("/a", Route("/{one}", secret_id), Route("/{one}/{two}", secret_id)),
+            "/a/s3cret/42",
+            "GET /a/{one}/{two}",
+        ),
+        (fastapi_with_routers(), "/v1/s3cret/tickets/42", "GET /v1/{tenant}/tickets/{number}"),
+        (fastapi_mounted(), "/tenants/s3cret/tickets/42", "GET /tenants/{tenant}/tickets/{number}"),
+    ],
+)
+def test_a_request_is_named_by_its_route(records, app, path, name):
+    """The template of the whole route, in whatever mounts and routers; nothing that a client has sent."""
+    assert TestClient(app).get(path).status_code == 200
+    [run] = records(RunStarted)
+    assert run.agent_name == name
+
+
+class Enqueues:
+    """A user's own middleware that enqueues: before there is a route, and whatever the method."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http":
+            enqueue()
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize(("method", "name"), [("POST", "POST"), ("S3CRET", "HTTP")])
+def test_where_no_route_is_known_the_method_is_the_name(records, method, name):
+    """In other middleware: never the raw path, nor a method of the client's own making."""
+    app = application(secret_id, OURS, Middleware(Enqueues))
+    TestClient(app).request(method, "/s3cret")
+    [run] = records(RunStarted)
+    assert run.agent_name == name
+
+
+def test_a_proxy_s_prefix_is_no_part_of_the_name(records):
+    """`root_path` of the server: where a proxy has put the app is no mount of the app's."""
+    app = mounted("/api", Route("/t/{id}", secret_id))
+    assert TestClient(app, root_path="/proxy").get("/proxy/api/t/42").status_code == 200
+    assert [run.agent_name for run in records(RunStarted)] == ["GET /api/t/{id}"]
+
+
+@pytest.mark.parametrize("middleware", [[OURS, BASE], [BASE, OURS], [OURS, GZIP], [OURS, BASE, OURS]])
+def test_a_request_is_one_run_beside_other_middleware(records, middleware):
+    """Whoever stands above or below, and hands the endpoint to a task of its own."""
+    seen = []
+
+    async def endpoint(request):
+        seen.append(enqueue())
+        return PlainTextResponse("ok")
+
+    call(application(endpoint, *middleware))
+    [run], [end] = records(RunStarted), records(RunEnded)
+    assert (run.agent_name, parent_of(seen[0]), end.state) == ("GET /", run.run_id, "success")
+
+
+def test_a_stream_that_enqueues(records):
+    """The body of a streaming response is part of the request, in a thread as on the loop."""
+    seen = []
+
+    def body():
+        yield "one"
+        seen.append(enqueue())
+
+    async def body_async():
+        yield "two"
+        seen.append(enqueue())
+
+    for content in (body, body_async):
+        call(application(lambda request, content=content: StreamingResponse(content()), OURS))
+    assert [parent_of(message) for message in seen] == [run.run_id for run in records(RunStarted)]
+    assert [end.state for end in records(RunEnded)] == ["success", "success"]
+
+
+@pytest.mark.parametrize("is_observed", [True, False])
+def test_a_run_in_the_endpoint_is_the_parent_instead(records, is_observed):
+    """What is enqueued in a run of the user's is that run's; the request is none then."""
+    messages = []
+
+    @observe(agent_name="own")
+    def observed():
+        messages.append(enqueue())
+
+    async def endpoint(request):
+        if is_observed:
+            observed()
+        else:
+            with WaxellContext("own", session_id="s-1"):
+                messages.append(enqueue())
+        return PlainTextResponse("ok")
+
+    call(application(endpoint, OURS))
+    [run] = records(RunStarted)
+    assert (run.agent_name, parent_of(messages[0])) == ("own", run.run_id)
+
+
+def test_a_request_is_in_its_client_s_trace(records):
+    """`traceparent` and `tracestate`, in parts too, go from the client through the request to the message."""
+    messages = []
+
+    async def endpoint(request):
+        messages.append(enqueue())
+        return PlainTextResponse("ok", background=BackgroundTask(tell))
+
+    headers = [("traceparent", f"00-{TRACE}-{'1' * 16}-00"), ("tracestate", "a=1"), ("tracestate", "b=2")]
+    sent = [(name.encode(), value.encode()) for name, value in headers]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": sent, "query_string": b""}
+    asyncio.run(serve(application(endpoint, OURS), scope))
+    request, task = records(RunStarted)
+    assert (request.trace_id, request.parent_run_id) == (TRACE, "")
+    assert messages[0]["traceparent"] == f"00-{TRACE}-{request.run_id[:16]}-00"
+    assert messages[0]["tracestate"] == "a=1,b=2"
+    assert (task.parent_run_id, task.root_run_id, task.trace_id) == (request.run_id, request.run_id, TRACE)
+
+
+@pytest.mark.parametrize("endpoint", ["sync", "async"])
+@pytest.mark.parametrize("enqueues", ["before", "after"])
+def test_a_request_that_enqueues_is_its_tasks_parent(records, endpoint, enqueues):
+    """Whether the message or the task comes first; and the request's run ends after its tasks."""
+    messages = []
+
+    def answer():
+        tasks = BackgroundTasks()
+        if enqueues == "before":
+            enqueue()
+        tasks.add_task(tell)
+        tasks.add_task(lambda: messages.append(enqueue()))
+        if enqueues == "after":
+            enqueue()
+        return PlainTextResponse("ok", background=tasks)
+
+    async def asynchronous(request):
+        return answer()
+
+    call(application((lambda request: answer()) if endpoint == "sync" else asynchronous, OURS))
+    request, *tasks = records(RunStarted)
+    assert request.agent_name == "GET /"
+    assert [task.parent_run_id for task in tasks] == [request.run_id] * 2
+    assert [task.trace_id for task in tasks] == [request.trace_id] * 2
+    assert all(task.metadata["wait_s"] >= 0 for task in tasks)
+    assert parent_of(messages[0]) == tasks[1].run_id
+    assert [end.run_id for end in records(RunEnded)] == [tasks[0].run_id, tasks[1].run_id, request.run_id]
+
+
+def test_a_task_that_enqueues_makes_no_run_of_its_request(records):
+    """The message is the task's own; the task after it has no parent, as ever."""
+    messages = []
+
+    async def endpoint(request):
+        tasks = BackgroundTasks()
+        tasks.add_task(lambda: messages.append(enqueue()))
+        tasks.add_task(tell)
+        return PlainTextResponse("ok", background=tasks)
+
+    call(application(endpoint, OURS))
+    first, second = records(RunStarted)
+    assert (parent_of(messages[0]), second.parent_run_id) == (first.run_id, "")
+
+
+def test_what_an_endpoint_leaves_running_is_its_request_s(records):
+    """A task of asyncio's that enqueues after the answer: the request's run begins late, and has ended."""
+    messages = []
+
+    async def main():
+        answered, left = asyncio.Event(), []
+
+        async def later():
+            await answered.wait()
+            messages.append(enqueue())
+            messages.append(enqueue())
+
+        async def endpoint(request):
+            left.append(asyncio.create_task(later()))
+            return PlainTextResponse("ok", 500)
+
+        await serve(application(endpoint, OURS))
+        assert records(RunStarted) == []
+        answered.set()
+        await left[0]
+
+    asyncio.run(main())
+    [run], [end] = records(RunStarted), records(RunEnded)
+    assert [parent_of(message) for message in messages] == [run.run_id] * 2
+    assert (end.run_id, end.state, end.reason) == (run.run_id, "error", "answered 500")
+    assert collecting.current().open_runs == {}
+
+
+def test_a_request_inside_another_has_a_run_of_its_own(records):
+    """An app that is called in-process by another's endpoint; what comes after is the outer one's again."""
+    messages = []
+
+    async def inner(request):
+        messages.append(enqueue())
+        return PlainTextResponse("ok")
+
+    async def outer(request):
+        await serve(application(inner, OURS, framework=FastAPI))
+        messages.append(enqueue())
+        return PlainTextResponse("ok")
+
+    call(application(outer, OURS))
+    runs = {run.workflow_name: run.run_id for run in records(RunStarted)}
+    assert [parent_of(message) for message in messages] == [runs["fastapi"], runs["starlette"]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"exclude": ("GET /*",)}, {"observe": False}, {"api_url": ""}, {"propagate": "none"}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_requests_that_are_no_runs(configure, records, settings):
+    """Excluded by name, switched off, not configured, or not to be connected: no record, no parent."""
+    configure(**settings)
+    messages = []
+
+    async def endpoint(request):
+        messages.append(enqueue())
+        return PlainTextResponse("ok")
+
+    assert call(application(endpoint, OURS)).text == "ok"
+    assert records(object) == []
+    assert collecting.current().journal.dropped == {}
+    assert "run" not in messages[0].get(lineage.HEADER, {})
+    assert ("waxell" in messages[0]) == (settings != {"observe": False})
+
+
+def test_a_request_that_is_linked(configure, records):
+    """`propagate="link"`: the message names the request's run, and belongs to a trace of its own."""
+    configure(propagate="link")
+    messages = []
+
+    async def endpoint(request):
+        messages.append(enqueue())
+        return PlainTextResponse("ok")
+
+    call(application(endpoint, OURS))
+    [run] = records(RunStarted)
+    assert (parent_of(messages[0]), messages[0][lineage.HEADER]["mode"]) == (run.run_id, "link")
+    assert "traceparent" not in messages[0]
+
+
+def test_celery_s_and_dramatiq_s_messages(records):
+    """Real frameworks with brokers in memory, from a sync endpoint: both messages are of the one request."""
+    celery = pytest.importorskip("celery")
+    dramatiq = pytest.importorskip("dramatiq")
+    stub = pytest.importorskip("dramatiq.brokers.stub")
+    import waxell_workers.celery
+    import waxell_workers.dramatiq
+
+    broker = stub.StubBroker(middleware=[waxell_workers.dramatiq.WaxellMiddleware()])
+    actor = dramatiq.actor(tell, broker=broker)
+    task = celery.Celery(broker="memory://", set_as_current=False).task(tell)
+    sent = []
+
+    def publish(headers=None, **_):
+        sent.append(dict(headers))
+
+    def endpoint(request):
+        task.delay()
+        sent.append(actor.send().options)
+        return PlainTextResponse("ok")
+
+    celery.signals.before_task_publish.connect(publish)
+    try:
+        call(application(endpoint, OURS))
+    finally:
+        celery.signals.before_task_publish.disconnect(publish)
+    [run] = records(RunStarted)
+    assert [parent_of(message) for message in sent] == [run.run_id] * 2
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -533,17 +1011,6 @@ def test_the_request_itself_is_no_run(records):
     call(application(endpoint, OURS))
     assert [said.run_id for said in records(LLMCall) if said.model == "in the endpoint"] == [""]
     assert [run.agent_name for run in records(RunStarted)] == ["tell"]
-
-
-class Plain(BaseHTTPMiddleware):
-    """A user's own middleware of the usual kind."""
-
-    async def dispatch(self, request, call_next):
-        return await call_next(request)
-
-
-BASE = Middleware(Plain)
-GZIP = Middleware(GZipMiddleware, minimum_size=1)
 
 
 @pytest.mark.parametrize(
