@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
-from dramatiq import Broker, Middleware, Worker
+from dramatiq import Actor, Broker, Middleware, Worker
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import ActorNotFound
 from dramatiq.message import Message
-from dramatiq.middleware import TimeLimitExceeded
+from dramatiq.middleware import AgeLimit, Retries, Shutdown, TimeLimit, TimeLimitExceeded
 
-from .core import collector, lineage, tasks
+from .core import collector, lineage, tasks, w3c
 from .core.encoding import reduce
 from .core.runs import get_context
 
@@ -33,6 +35,11 @@ _FRAMEWORK = "dramatiq"
 _LOOK_S = 2.0
 _WAITS = "waits"
 """In what a message carries: the consumer holds it back until its eta, then enqueues it once more."""
+_AT_MOST = 1e14
+"""No number that Dramatiq means in milliseconds; what comes in a message may be anything."""
+_LONGEST = 200
+_ABORTS = "dramatiq_abort"
+"""The package whose middleware skips, or interrupts, what somebody has aborted."""
 
 
 @dataclass(slots=True)
@@ -42,14 +49,20 @@ class _Processing:
     message: MessageProxy
     attempt: tasks.Attempt
     state: str = "success"
+    reason: str = ""
     error: dict[str, Any] = field(default_factory=dict)
-    requeued: bool = False
+    again: str = ""
+    """Once the message was sent again: how that is said."""
+    failed: str = "rejected: failed by a middleware"
+    """How it is said if the message fails without an exception."""
 
 
 class _Here(threading.local):
     """What this worker thread, or greenlet, is processing."""
 
     processing: _Processing | None = None
+    refused: MessageProxy | None = None
+    """What a consumer's thread has refused last; its end comes again while the broker cannot be reached."""
 
 
 _here = _Here()
@@ -68,28 +81,25 @@ class WaxellMiddleware(Middleware):
     # -- messages ------------------------------------------------------------------------------
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
+        if next((one for one in broker.middleware if isinstance(one, WaxellMiddleware)), self) is not self:
+            return  # added twice
         carried = _carried(message.options)
-        if carried.get(_WAITS):  # not sent anew: its eta has come
-            message.options[lineage.HEADER] = {key: carried[key] for key in carried if key != _WAITS}
-            return
-        run = get_context()
-        retry = run is not None and run.task_id == message.message_id
-        sent = lineage.outgoing(message.options, again=retry)
-        own = sent.get(lineage.HEADER)
-        if own is not None:
-            own.pop("eta", None)  # a retry has its own, or none
-            if run is not None and run.task_id and run.task_id != message.message_id:
-                own.setdefault("parent_task_id", run.task_id)
-        message.options.update(sent)
+        if carried.get(_WAITS) is True and get_context() is None:  # not sent anew: its eta has come
+            options = {**message.options, lineage.HEADER: _without(carried, _WAITS)}
+        else:
+            options = _sent(message)
+        if options is not message.options:
+            _exchange(message, options)
 
     def after_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         here = _here.processing
         if here is not None and here.message.message_id == message.message_id:
-            here.requeued = True
+            here.again = "retry: sent again"  # at once: an interrupt may prevent the rest
+            here.again = _again(broker, message, delay)
 
     def before_delay_message(self, broker: Broker, message: MessageProxy) -> None:
-        eta = message.options.get("eta")
-        if isinstance(eta, (int, float)) and not collector.is_off():
+        eta = _number(message.options.get("eta"))
+        if eta is not None and not collector.is_off():
             carried = _carried(message.options)
             message.options[lineage.HEADER] = {**carried, "eta": eta / 1000, _WAITS: True}
 
@@ -111,25 +121,37 @@ class WaxellMiddleware(Middleware):
         if exception is None:
             return
         here = _processing(message) or _open(broker, message)  # one may have surfaced before we had begun
-        stopped = not isinstance(exception, (Exception, TimeLimitExceeded))
-        here.state = "interrupted" if stopped else "error"
+        here.state, here.reason = _failed(broker, here, exception)
         here.error = here.attempt.run.describe(exception)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         here = _processing(message) or _open(broker, message)  # who skipped it may stand before us
-        here.state = "ignored"
+        here.state, here.reason = "ignored", "ignored: skipped by a middleware"
+        frames = _frames(sys.exc_info()[1])
+        if any(frame.f_code is Actor.__call__.__code__ for frame in frames):
+            here.reason = "ignored: skipped by its actor"
+        elif frames and _is_of(_ABORTS, frames[-1].f_globals.get("__name__")):
+            here.state, here.reason = "revoked", "revoked before start"
+        elif frames and frames[-1].f_code is AgeLimit.before_process_message.__code__:
+            here.failed = _too_old(broker, message)
 
     def before_ack(self, broker: Broker, message: MessageProxy) -> None:
         here = _processing(message)
-        if here is not None:
-            # Not failed in spite of an exception: sent again, or there is no `Retries` to fail it.
-            _close(here, "retry" if here.error and here.requeued else here.state)
+        if here is None:
+            return
+        if here.error and here.again:
+            _close(here, "retry", here.again)
+        else:  # not failed in spite of an exception: there is no `Retries` to fail it
+            _close(here, here.state, here.reason)
 
     def before_nack(self, broker: Broker, message: MessageProxy) -> None:
         here = _processing(message)
-        if here is not None:
-            # Without an exception, a middleware has failed it: an age limit, for one.
-            _close(here, here.state if here.error else "rejected")
+        if here is None:
+            _refused(broker, message)
+        elif here.error:
+            _close(here, here.state, here.reason)
+        else:
+            _close(here, "rejected", here.failed)
 
     # -- the worker process --------------------------------------------------------------------
 
@@ -148,6 +170,11 @@ class WaxellMiddleware(Middleware):
         if self._look is not None:
             self._look.over.set()
             self._look = None
+        configured = collector.configured()
+        if configured is not None:
+            for run in list(configured.open_runs.values()):
+                if run.task_id:
+                    run.end("interrupted", reason="interrupted: the worker did not wait for it any longer")
         tasks.worker_stopping()
 
 
@@ -176,10 +203,134 @@ def _open(broker: Broker, message: MessageProxy) -> _Processing:
     return here
 
 
-def _close(here: _Processing, state: str) -> None:
-    tasks.close(here.attempt, state, **here.error)
+def _close(here: _Processing, state: str, reason: str) -> None:
+    tasks.close(here.attempt, state, reason=reason, **here.error)
     _here.processing = None
     tasks.flush(here.attempt)
+
+
+def _refused(broker: Broker, message: MessageProxy) -> None:
+    """Record a message that a consumer has not even given to a worker thread, if its actor is unknown."""
+    if _actor(broker, message) is not None or _here.refused is message:
+        return
+    _here.refused = message
+    reason = "rejected: no actor of this name in this worker"
+    error_type = f"{ActorNotFound.__module__}.{ActorNotFound.__qualname__}"
+    tasks.never_began(_describe(message), tasks.Options(), "rejected", reason, error_type)
+
+
+# -- what is sent ------------------------------------------------------------------------------
+
+
+def _sent(message: Message[Any]) -> dict[str, Any]:
+    """Return the options of a message that is being enqueued, with ours; the very same if we add none."""
+    options, carried = message.options, _carried(message.options)
+    run, here = get_context(), _here.processing
+    own_attempt = here is not None and here.message.message_id == message.message_id
+    again = run is not None and (own_attempt or run.task_id == message.message_id)
+    if run is not None and not again and _has_place_of(options, carried):
+        options = _without(options, w3c.TRACEPARENT, w3c.TRACESTATE)  # a copy of what was sent elsewhere
+    sent = lineage.outgoing(options, again=again)
+    if not sent:
+        return message.options
+    own = _without(sent[lineage.HEADER], "eta", _WAITS)  # a retry has its own, or none
+    if run is not None and not run.is_muted:
+        if not again and "run" in own:
+            # A context of the user's has no task, but may stand in one.
+            task_id = run.task_id or (here.message.message_id if here is not None else "")
+            own |= {"parent_task_id": str(task_id)} if task_id else {}
+        elif again and own_attempt and here is not None and not here.attempt.run.is_muted:
+            own["previous"] = here.attempt.run.run_id  # also if an interrupt has left something current in it
+    return {**options, **sent, lineage.HEADER: own}
+
+
+def _has_place_of(options: dict[str, Any], carried: dict[str, Any]) -> bool:
+    """True if the W3C headers say what our own one does."""
+    place, run_id = w3c.read(options.get(w3c.TRACEPARENT)), carried.get("run")
+    if place is None or not isinstance(run_id, str):
+        return False
+    return (place.trace_id, place.span_id) == (carried.get("trace"), run_id[:16])
+
+
+def _exchange(message: Message[Any] | MessageProxy, options: dict[str, Any]) -> None:
+    """Give a message other options. The dict that it has may be the user's own, and others' as well."""
+    if isinstance(message, MessageProxy):
+        message = message._message
+    if isinstance(message, Message):
+        object.__setattr__(message, "options", options)  # frozen: Dramatiq does the same with `args`
+    else:
+        message.options.update(options)
+
+
+# -- how it is said ----------------------------------------------------------------------------
+
+
+def _failed(broker: Broker, here: _Processing, exception: BaseException) -> tuple[str, str]:
+    """Return the state, and the reason, of an attempt that is not tried again."""
+    if isinstance(exception, TimeLimitExceeded):
+        limit = _limit(broker, here.message, "time_limit", TimeLimit)
+        # It may have been raised by hand; and what stands before us may have begun earlier.
+        if limit is not None and here.attempt.run.elapsed_s() > limit / 1000 - 1:
+            return "error", f"time limit of {_seconds(limit)}"
+        return "error", ""
+    if isinstance(exception, Exception):
+        return "error", ""
+    if isinstance(exception, Shutdown):
+        return "interrupted", "interrupted: the worker was told to stop"
+    if type(exception).__name__ == "Abort" and _is_of(_ABORTS, type(exception).__module__):
+        return "revoked", "revoked: aborted by user"
+    return "interrupted", ""
+
+
+def _again(broker: Broker, message: Message[Any], delay: int | None) -> str:
+    """Say that a message was sent again, and when it will be tried."""
+    wait = _number(delay) or 0
+    when = "at once" if wait < 50 else f"in {_seconds(wait, 0 if wait >= 10_000 else 1)}"
+    retries = message.options.get("retries")
+    if type(retries) is not int:
+        return f"retry: sent again, {when}"
+    at_most = _found(broker, message, "max_retries", Retries)
+    decides = any(callable(found) for found in _found(broker, message, "retry_when", Retries))
+    known = not decides and bool(at_most) and type(at_most[0]) is int and at_most[0] >= retries
+    total = f" of {at_most[0] + 1}" if known else ""
+    return f"retry: attempt {retries + 1}{total} {when}"
+
+
+def _too_old(broker: Broker, message: MessageProxy) -> str:
+    limit = _limit(broker, message, "max_age", AgeLimit)
+    return "rejected: older than its age limit" + (f" of {_seconds(limit)}" if limit is not None else "")
+
+
+def _limit(broker: Broker, message: MessageProxy, name: str, kind: type[Middleware]) -> float | None:
+    """Return a limit in milliseconds as Dramatiq finds it; nothing and 0 count as unsaid."""
+    return next((number for found in _found(broker, message, name, kind) if (number := _number(found))), None)
+
+
+def _found(
+    broker: Broker, message: Message[Any] | MessageProxy, name: str, kind: type[Middleware]
+) -> list[Any]:
+    """Return what the message, its actor, and the broker's middleware say of an option, in this order."""
+    actor = _actor(broker, message)
+    said = (message.options, {} if actor is None else actor.options)
+    found = [options[name] for options in said if name in options]
+    return found + [getattr(one, name, None) for one in broker.middleware if isinstance(one, kind)]
+
+
+def _seconds(milliseconds: float, digits: int = 3) -> str:
+    return f"{round(milliseconds / 1000, digits):.3f}".rstrip("0").rstrip(".") + " s"
+
+
+def _frames(error: BaseException | None) -> list[FrameType]:
+    """Return the frames that an exception has gone through, the one that raised it last."""
+    frames, trace = [], None if error is None else error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    return frames
+
+
+def _is_of(package: str, module: object) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] == package
 
 
 # -- translation -------------------------------------------------------------------------------
@@ -188,35 +339,53 @@ def _close(here: _Processing, state: str) -> None:
 def _describe(message: MessageProxy) -> tasks.Task:
     options = message.options
     carried = _carried(options)
-    if "enqueued_at" not in carried:  # sent by a process without the middleware
-        sent_at = options.get("requeue_timestamp") or message.message_timestamp
-        carried = {**carried, "enqueued_at": sent_at / 1000}
-    args, kwargs = message.args, message.kwargs
+    if lineage.incoming(options).enqueued_at is None:  # sent by a process without the middleware
+        sent_at = _number(options.get("requeue_timestamp")) or _number(message.message_timestamp)
+        carried = {**carried, "enqueued_at": None if sent_at is None else sent_at / 1000}
+    args, kwargs, retries = message.args, message.kwargs, options.get("retries")
     return tasks.Task(
         framework=_FRAMEWORK,
         name=message.actor_name,
-        task_id=message.message_id,
-        attempt=(options.get("retries") or 0) + 1,
+        task_id=str(message.message_id),
+        attempt=retries + 1 if type(retries) is int and 0 <= retries < _AT_MOST else 1,
         queue=message.queue_name,
         worker=f"{socket.gethostname()}:{os.getpid()}",
         redelivered=bool(getattr(message, "redelivered", False)),  # RabbitMQ's say so
-        eta=carried.get("eta"),
+        eta=_number(carried.get("eta")),
         message={**options, lineage.HEADER: carried},
-        parent_task_id=carried.get("parent_task_id") or "",
-        group_id=options.get("group_completion_uuid") or "",
+        parent_task_id=_text(carried.get("parent_task_id")),
+        group_id=_text(options.get("group_completion_uuid")),
         inputs=lambda: {"args": reduce(args), "kwargs": reduce(kwargs)},
     )
 
 
 def _options(broker: Broker, message: MessageProxy) -> tasks.Options:
-    try:
-        actor = broker.get_actor(message.actor_name)
-    except ActorNotFound:
-        return tasks.Options()
+    actor = _actor(broker, message)
     # Marked above @dramatiq.actor, the actor carries it; below, its function.
-    return tasks.options_of(actor, actor.fn)
+    return tasks.Options() if actor is None else tasks.options_of(actor, actor.fn)
+
+
+def _actor(broker: Broker, message: Message[Any] | MessageProxy) -> Actor[Any, Any] | None:
+    try:
+        return broker.get_actor(message.actor_name)
+    except ActorNotFound:
+        return None
 
 
 def _carried(options: dict[str, Any]) -> dict[str, Any]:
     carried = options.get(lineage.HEADER)
     return carried if isinstance(carried, dict) else {}
+
+
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < _AT_MOST:
+        return value
+    return None
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) and len(value) <= _LONGEST else ""

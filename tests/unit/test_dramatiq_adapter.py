@@ -19,7 +19,9 @@ from dramatiq import GenericActor, Middleware, Worker
 from dramatiq.asyncio import get_event_loop_thread
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import (
+    AgeLimit,
     AsyncIO,
+    Callbacks,
     CurrentMessage,
     GroupCallbacks,
     Retries,
@@ -40,6 +42,8 @@ from waxell_workers.dramatiq import WaxellMiddleware
 
 PACKAGE = str(Path(waxell_workers.__file__).parent)
 SOON_MS = 1
+SOON = {"min_backoff": SOON_MS, "max_backoff": SOON_MS}
+PLACES = ["first", "amid", "last"]
 
 
 @pytest.fixture
@@ -81,6 +85,19 @@ def join(broker: StubBroker, name: str) -> None:
 
 def ends(records) -> list[tuple[str, str]]:
     return [(end.state, end.error_type.rpartition(".")[2]) for end in records(RunEnded)]
+
+
+def reasons(records) -> list[str]:
+    return [end.reason for end in records(RunEnded)]
+
+
+def starts_of(records, name: str) -> list[RunStarted]:
+    return [start for start in records(RunStarted) if start.agent_name == name]
+
+
+def put(broker: StubBroker, message: dramatiq.Message) -> None:
+    """Put a message into its queue as a process without the middleware would."""
+    broker.queues[message.queue_name].put(message.encode())
 
 
 class Skips(Middleware):
@@ -142,23 +159,150 @@ def test_a_message_whose_actor_is_never_called(records, place, why, state):
     task.send()
     work(broker)
     assert ends(records) == [(state, "")]
+    words = {"ignored": "ignored: skipped by a middleware", "rejected": "rejected: failed by a middleware"}
+    assert reasons(records) == [words[state]]
 
 
-def test_too_old_a_message_is_rejected(records, broker):
-    """Dramatiq's age limit skips the message and fails it."""
+@pytest.mark.parametrize("where", ["message", "actor", "middleware"])
+def test_too_old_a_message_is_rejected(records, where):
+    """Dramatiq's age limit skips the message and fails it, whoever has set it."""
+    broker = StubBroker(middleware=[AgeLimit(max_age=1500 if where == "middleware" else None)])
+    broker.add_middleware(WaxellMiddleware())
 
-    @dramatiq.actor(broker=broker, max_age=1)
+    @dramatiq.actor(broker=broker, **{"max_age": 1500} if where == "actor" else {})
     def task():
         raise AssertionError
 
-    message = task.message()
-    broker.enqueue(message.copy())
-    broker.queues["default"].get()
-    broker.queues["default"].task_done()
-    old = dramatiq.Message("default", "task", (), {}, {}, message_timestamp=message.message_timestamp - 1000)
-    broker.enqueue(old)
+    age = {"max_age": 1500} if where == "message" else {}
+    now = int(time.time() * 1000)
+    broker.enqueue(dramatiq.Message("default", "task", (), {}, age, message_timestamp=now - 2000))
     work(broker)
     assert ends(records) == [("rejected", "")]
+    assert reasons(records) == ["rejected: older than its age limit of 1.5 s"]
+
+
+def test_what_failed_a_message_is_not_always_its_age(records):
+    """An age limit that is not reached is not named."""
+    broker = make_broker("last", Fails())
+
+    @dramatiq.actor(broker=broker, max_age=60_000)
+    def task():
+        raise AssertionError
+
+    task.send()
+    work(broker)
+    assert reasons(records) == ["rejected: failed by a middleware"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("error", "allowed", "expected"),
+    [
+        (None, {}, [""]),
+        (ValueError("no"), {"max_retries": 0}, [""]),
+        (
+            ValueError("no"),
+            {"max_retries": 2},
+            ["retry: attempt 2 of 3 at once", "retry: attempt 3 of 3 at once", ""],
+        ),
+        (
+            ValueError("no"),
+            {"retry_when": lambda retries, error: retries < 1},
+            ["retry: attempt 2 at once", ""],
+        ),
+        (dramatiq.Retry("no", delay=120), {"max_retries": 1}, ["retry: attempt 2 of 2 in 0.1 s", ""]),
+        (SkipMessage("no"), {}, ["ignored: skipped by its actor"]),
+        (TimeLimitExceeded("no"), {"max_retries": 0}, [""]),
+        (Shutdown("no"), {"max_retries": 0}, ["interrupted: the worker was told to stop"]),
+        (SystemExit("no"), {"max_retries": 0}, [""]),
+    ],
+)
+def test_ends_in_words(records, place, error, allowed, expected):
+    """How an attempt has ended can be read, where no error says it, wherever the middleware stands."""
+    broker = make_broker(place)
+
+    @dramatiq.actor(broker=broker, **SOON, **allowed)
+    def task():
+        if error is not None:
+            raise error
+
+    task.send()
+    work(broker)
+    assert reasons(records) == expected
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_time_limit_is_named(records, place):
+    """The error is Dramatiq's; the reason says which limit it was."""
+    broker = make_broker(place)
+
+    @dramatiq.actor(broker=broker, max_retries=0, time_limit=700)
+    def task():
+        while True:
+            time.sleep(0.01)
+
+    task.send()
+    work(broker)
+    assert ends(records) == [("error", "TimeLimitExceeded")]
+    assert reasons(records) == ["time limit of 0.7 s"]
+
+
+@pytest.mark.parametrize("delay", [None, 50])
+def test_an_actor_that_is_unknown_here(records, broker, delay):
+    """What a worker refuses since it has no such actor is one rejected attempt, though no actor began."""
+    broker.declare_queue("default")
+    with WaxellContext("web") as run:
+        broker.enqueue(dramatiq.Message("default", "elsewhere", (), {}, {}), delay=delay)
+    work(broker)
+    [start] = starts_of(records, "elsewhere")
+    [end] = [end for end in records(RunEnded) if end.run_id == start.run_id]
+    assert (end.state, end.error_type) == ("rejected", "dramatiq.errors.ActorNotFound")
+    assert end.reason == "rejected: no actor of this name in this worker"
+    assert (start.parent_run_id, start.trace_id) == (run.run_id, run.trace_id)
+    assert "wait_s" not in start.metadata
+    assert [message.actor_name for message in broker.dead_letters] == ["elsewhere"]
+
+
+def test_a_refusal_is_told_once(records, broker):
+    """While the broker cannot be reached, a message is refused again and again."""
+    broker.declare_queue("default")
+    message = dramatiq.broker.MessageProxy(dramatiq.Message("default", "elsewhere", (), {}, {}))
+    for _ in range(3):
+        broker.emit_before("nack", message)
+    assert len(starts_of(records, "elsewhere")) == 1
+
+
+class _Aborted(Middleware):
+    """Skips what was aborted, from a module of dramatiq-abort's, as its `Abortable` does."""
+
+    def __init__(self) -> None:
+        module = {"__name__": "dramatiq_abort.middleware", "SkipMessage": SkipMessage}
+        exec("def skip():\n    raise SkipMessage", module)
+        self._skip = module["skip"]
+
+    def before_process_message(self, broker, message):
+        self._skip()
+
+
+Abort = type("Abort", (Shutdown.__base__,), {"__module__": "dramatiq_abort.abort_manager"})
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_what_somebody_aborts_is_revoked(records, place):
+    """dramatiq-abort skips a message that waits and interrupts an actor that runs."""
+    broker = make_broker(place)
+
+    @dramatiq.actor(broker=broker, max_retries=0)
+    def task():
+        raise Abort
+
+    task.send()
+    work(broker)
+    waiting = make_broker(place, _Aborted())
+    dramatiq.actor(broker=waiting, actor_name="task")(print).send()
+    work(waiting)
+    assert ends(records) == [("revoked", "Abort"), ("revoked", "")]
+    assert reasons(records) == ["revoked: aborted by user", "revoked before start"]
 
 
 def test_without_retries_a_failure_is_an_error(records):
@@ -259,7 +403,7 @@ def test_a_message_carries_its_lineage(records, broker):
     with WaxellContext("web") as run:
         message = task.send_with_options(max_retries=7)
     assert message.options["max_retries"] == 7
-    assert json.loads(message.encode())["options"]["waxell"]["parent"] == run.run_id
+    assert json.loads(message.encode())["options"]["waxell"]["run"] == run.run_id
     assert message.options["traceparent"].split("-")[1] == run.trace_id
     work(broker)
     [_, start] = records(RunStarted)
@@ -401,6 +545,350 @@ def test_a_group_is_known_by_its_id(records):
     assert first.metadata["group_id"] == second.metadata["group_id"] != ""
     assert "group_id" not in last.metadata
     assert last.parent_run_id == second.run_id
+
+
+# -- who caused what ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_callbacks_are_children_of_the_attempt_that_caused_them(records, place):
+    """`on_success`, `on_failure` and `on_retry_exhausted`: children of the run that succeeded or failed."""
+    broker = make_broker(place)
+    assert any(isinstance(one, Callbacks) for one in broker.middleware)
+
+    @dramatiq.actor(broker=broker)
+    def told(*_what):
+        pass
+
+    @dramatiq.actor(broker=broker, on_success="told")
+    def succeeds():
+        pass
+
+    @dramatiq.actor(broker=broker, max_retries=1, on_failure="told", on_retry_exhausted="told", **SOON)
+    def fails():
+        raise ValueError("no")
+
+    with WaxellContext("web") as run:
+        good = succeeds.send()
+        bad = fails.send()
+    work(broker)
+    [success] = starts_of(records, "succeeds")
+    first, last = starts_of(records, "fails")
+    causes = [start.parent_run_id for start in starts_of(records, "told")]
+    assert sorted(causes) == sorted([success.run_id, first.run_id, last.run_id, last.run_id])
+    caused = {start.metadata["parent_task_id"] for start in starts_of(records, "told")}
+    assert caused == {good.message_id, bad.message_id}
+    assert {start.trace_id for start in records(RunStarted)} == {run.trace_id}
+    assert {start.root_run_id for start in records(RunStarted)} == {run.run_id}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_pipeline_whose_stages_are_delayed(records, place):
+    """A stage that waits for its delay is the child of the stage before it, and has not waited for that."""
+    broker = make_broker(place)
+
+    @dramatiq.actor(broker=broker)
+    def step(*_numbers):
+        return 1
+
+    with WaxellContext("web") as run:
+        stages = [step.message_with_options(delay=delay) for delay in (150, 200, 250)]
+        dramatiq.pipeline(stages, broker=broker).run(delay=100)
+    work(broker)
+    starts = starts_of(records, "step")
+    assert [start.parent_run_id for start in starts] == [run.run_id, starts[0].run_id, starts[1].run_id]
+    assert {start.trace_id for start in starts} == {run.trace_id}
+    for before, start in zip([run, *starts], starts, strict=False):
+        facts = start.metadata
+        began = before.metadata["eta"] if before is not run else facts["enqueued_at"]
+        assert began <= facts["enqueued_at"] < facts["eta"] - 0.1
+        assert facts["wait_s"] == pytest.approx(start.at - facts["eta"], abs=0.05)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_pipeline_in_a_group(records, place):
+    """Its stages are one story in the group's; the callback is the child of the member that ended last."""
+    broker = make_broker(place, GroupCallbacks(StubBackend()))
+    may_end = threading.Event()
+
+    @dramatiq.actor(broker=broker)
+    def step(*_numbers):
+        return 1
+
+    @dramatiq.actor(broker=broker)
+    def last(*_numbers):
+        may_end.set()
+        return 2
+
+    @dramatiq.actor(broker=broker)
+    def single():
+        assert may_end.wait(20)
+
+    @dramatiq.actor(broker=broker)
+    def done():
+        pass
+
+    with WaxellContext("web") as run:
+        callback = done.message()
+        pipeline = dramatiq.pipeline([step.message(), last.message_with_options(delay=50)], broker=broker)
+        group = dramatiq.group([single.message(), pipeline], broker=broker)
+        group.add_completion_callback(callback)
+        group.run()
+    work(broker, threads=2)
+    [first], [second] = starts_of(records, "step"), starts_of(records, "last")
+    [alone], [end] = starts_of(records, "single"), starts_of(records, "done")
+    assert (first.parent_run_id, second.parent_run_id) == (run.run_id, first.run_id)
+    assert alone.parent_run_id == run.run_id
+    assert end.parent_run_id in (alone.run_id, second.run_id)
+    by_end = {end.run_id: end.at for end in records(RunEnded)}
+    assert by_end[end.parent_run_id] == max(by_end[alone.run_id], by_end[second.run_id])
+    assert alone.metadata["group_id"] == second.metadata["group_id"] != ""
+    assert {start.trace_id for start in records(RunStarted)} == {run.trace_id}
+    assert callback.options == {}, "the callback's own message is the user's"
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "added twice"])
+def test_a_delay_changes_no_lineage(records, place, twice):
+    """The consumer enqueues a delayed message once more: parent, trace and time are those of the sender."""
+    broker = make_broker(place)
+    if twice:
+        broker.add_middleware(WaxellMiddleware())
+
+    @dramatiq.actor(broker=broker)
+    def task():
+        pass
+
+    with WaxellContext("web", session_id="s") as run:
+        task.send_with_options(delay=200)
+        sent = time.time()
+    work(broker)
+    [start] = starts_of(records, "task")
+    assert (start.parent_run_id, start.root_run_id, start.trace_id) == (run.run_id, run.run_id, run.trace_id)
+    assert start.session_id == "s"
+    assert start.metadata["enqueued_at"] <= sent < start.metadata["eta"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("sender", ["in a run", "outside", "without the middleware"])
+def test_attempts_are_one_story(records, place, sender):
+    """Each attempt has the parent of the first, and knows the one before, whoever has sent the message."""
+    broker = make_broker(place)
+
+    @dramatiq.actor(broker=broker, max_retries=2, **SOON)
+    def task():
+        WaxellContext("left open").__enter__()
+        raise ValueError("no")
+
+    if sender == "in a run":
+        with WaxellContext("web"):
+            task.send()
+    elif sender == "outside":
+        task.send()
+    else:
+        put(broker, task.message())
+    work(broker)
+    starts = starts_of(records, "task")
+    ids = [start.run_id for start in starts]
+    assert [start.metadata.get("previous_run_id") for start in starts] == [None, *ids[:-1]]
+    [parent] = [start.run_id for start in starts_of(records, "web")] or [""]
+    assert [start.parent_run_id for start in starts] == [parent] * 3
+    assert {start.root_run_id for start in starts} == {parent or ids[0]}
+    assert len({start.trace_id for start in starts}) == 1
+    waits = [start.metadata["wait_s"] for start in starts]
+    assert waits[1:] == pytest.approx([start.at - start.metadata["eta"] for start in starts[1:]], abs=0.05), (
+        "a backoff is no waiting"
+    )
+
+
+def test_options_of_the_user_s_own_stay_his(records, broker):
+    """A dict that messages share is as it was; each message has the lineage of where it was enqueued."""
+
+    @dramatiq.actor(broker=broker)
+    def task():
+        pass
+
+    shared = {"max_retries": 1, "mine": {"a": 1}}
+    before = dict(shared)
+    sent = []
+    for name in ("one", "two"):
+        with WaxellContext(name) as run:
+            message = broker.enqueue(dramatiq.Message("default", "task", (), {}, shared))
+            sent.append((run.run_id, message.message_id))
+    assert shared == before
+    assert message.options == {**before, **message.options}
+    work(broker)
+    assert [(start.parent_run_id, start.task_id) for start in starts_of(records, "task")] == sent
+
+
+def test_a_copy_is_the_child_of_who_sends_it(records):
+    """A copy of what was sent elsewhere keeps nothing of there, for us and for other tracers alike."""
+    broker = make_broker("last", CurrentMessage())
+    seen = []
+
+    @dramatiq.actor(broker=broker)
+    def task():
+        seen.append(CurrentMessage.get_current_message().options)
+
+    with WaxellContext("first") as first:
+        message = task.send()
+    with WaxellContext("second") as second:
+        broker.enqueue(message.copy(message_id="copied"))
+    work(broker)
+    parents = {start.task_id: start.parent_run_id for start in starts_of(records, "task")}
+    assert parents == {message.message_id: first.run_id, "copied": second.run_id}
+    assert [options["traceparent"].split("-")[1] for options in seen] == [first.trace_id, second.trace_id]
+
+
+def test_who_sends_his_own_message_again_is_the_attempt_before(records):
+    """An actor that enqueues its own message, as it is, and without a delay, goes on with one story."""
+    broker = make_broker("last", CurrentMessage())
+    again = []
+
+    @dramatiq.actor(broker=broker)
+    def task():
+        if not again:
+            again.append(True)
+            with WaxellContext("inside"):
+                broker.enqueue(CurrentMessage.get_current_message())
+
+    with WaxellContext("web") as run:
+        task.send()
+    work(broker)
+    first, second = starts_of(records, "task")
+    assert second.parent_run_id == first.parent_run_id == run.run_id
+    assert second.metadata["previous_run_id"] == first.run_id
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_context_inside_an_actor_is_the_parent(records, kind):
+    """What is sent in a block of the actor's is that block's child, and its task's."""
+    broker = make_broker("last", AsyncIO())
+
+    @dramatiq.actor(broker=broker)
+    def child():
+        pass
+
+    def send():
+        with WaxellContext("block"):
+            child.send()
+
+    async def send_async():
+        child.send()
+
+    actor = dramatiq.actor(broker=broker, actor_name="task")(send if kind == "sync" else send_async)
+    message = actor.send()
+    work(broker)
+    [start], [task] = starts_of(records, "child"), starts_of(records, "task")
+    [parent] = starts_of(records, "block") if kind == "sync" else [task]
+    assert start.parent_run_id == parent.run_id
+    assert start.metadata["parent_task_id"] == message.message_id
+    assert start.root_run_id == task.run_id
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_for_whom_it_is_travels_through_pipelines_and_retries(records, place):
+    """Session, user, tags and metadata of whoever enqueues are those of each stage, and of each attempt."""
+    broker = make_broker(place)
+
+    @dramatiq.actor(broker=broker, max_retries=1, **SOON)
+    def step(*_numbers):
+        if get_context().run_id == starts_of(records, "step")[0].run_id:
+            raise ValueError("no")
+        return 1
+
+    with WaxellContext("web", session_id="s", user_id="u", metadata={"plan": "gold"}) as run:
+        run.set_tag("tenant", "acme")
+        stages = [step.message(), step.message_with_options(delay=20)]
+        dramatiq.pipeline(stages, broker=broker).run()
+    work(broker)
+    starts = starts_of(records, "step")
+    assert len(starts) == 3
+    for start in starts:
+        assert (start.session_id, start.user_id) == ("s", "u")
+        assert (start.tags, start.ambient) == ({"tenant": "acme"}, {"plan": "gold"})
+
+
+@pytest.mark.parametrize("where", ["setting", "actor", "function"])
+@pytest.mark.parametrize("mode", ["parent", "link", "none"])
+def test_how_a_message_is_connected(records, configure, where, mode):
+    """`propagate`, globally or by options: a child, a trace of its own that names the other, or neither."""
+    if where == "setting":
+        configure(propagate=mode)
+    broker = make_broker()
+
+    def task():
+        raise ValueError("no")
+
+    make = dramatiq.actor(broker=broker, max_retries=1, **SOON)
+    mark = options(propagate=mode) if where != "setting" else lambda marked: marked
+    actor = mark(make(task)) if where == "actor" else make(mark(task))
+    with WaxellContext("web", session_id="s") as run:
+        message = actor.send_with_options(delay=100)
+    work(broker)
+    for start in starts_of(records, "task"):
+        expected = (run.run_id, run.trace_id) if mode == "parent" else ("", start.trace_id)
+        assert (start.parent_run_id, start.trace_id) == expected
+        assert start.session_id == ("" if mode == "none" else "s")
+        linked = (start.metadata.get("linked_run_id"), start.metadata.get("linked_trace_id"))
+        assert linked == ((run.run_id, run.trace_id) if mode == "link" else (None, None))
+        assert mode == "parent" or start.trace_id != run.trace_id
+        assert start.metadata["wait_s"] < 0.09 + max(0, start.at - start.metadata["eta"])
+    carried = set(message.options["waxell"])
+    assert where != "setting" or mode != "none" or carried == {"enqueued_at", "mode"}
+
+
+def test_a_clock_that_is_ahead(records, broker):
+    """A message from a host whose clock is ahead has not waited less than nothing; the skew is noted."""
+
+    @dramatiq.actor(broker=broker)
+    def task():
+        pass
+
+    broker.queues["default"].put(task.message_with_options(waxell={"enqueued_at": time.time() + 60}).encode())
+    work(broker)
+    [start] = records(RunStarted)
+    assert start.metadata["wait_s"] == 0
+    assert 0 < start.metadata["clock_skew_s"] <= 60
+
+
+FOREIGN = [
+    None,
+    7,
+    "text",
+    ["a"],
+    {"enqueued_at": "soon", "run": 7, "root": [], "trace": "x", "session": {}, "tags": "t", "metadata": 1},
+    {"enqueued_at": -1, "eta": 10**400, "parent_task_id": ["x"], "previous": {}, "mode": "sideways"},
+    {"enqueued_at": 1e300, "eta": "late", "parent_task_id": "x" * 10_000, "waits": True, "mode": None},
+    {"enqueued_at": True, "eta": [1], "waits": "yes", "run": "r" * 500},
+]
+
+
+@pytest.mark.parametrize("delay", [None, 30])
+@pytest.mark.parametrize("header", FOREIGN, ids=range(len(FOREIGN)))
+def test_what_a_stranger_writes_is_never_fatal(records, broker, caplog, header, delay):
+    """A header that is not ours is left out, part by part: each attempt is recorded, nothing is logged."""
+
+    @dramatiq.actor(broker=broker, max_retries=1, **SOON)
+    def task():
+        raise ValueError("no")
+
+    own = {"waxell": header, "group_completion_uuid": {"not": "one"}, "requeue_timestamp": 10**400, "mine": 1}
+    message = task.message_with_options(traceparent=header, tracestate=[1], **own)
+    if delay is not None:
+        message = message.copy(options={"eta": int(time.time() * 1000) + delay})
+    broker.queues["default"].put(message.encode())
+    work(broker)
+    starts = records(RunStarted)
+    assert [start.metadata["attempt"] for start in starts] == [1, 2]
+    assert ends(records) == [("retry", "ValueError"), ("error", "ValueError")]
+    assert {start.parent_run_id for start in starts} == {""}
+    assert starts[1].metadata["previous_run_id"] == starts[0].run_id
+    assert [start.metadata.get("wait_s", 0) >= 0 for start in starts] == [True, True]
+    assert "group_id" not in starts[0].metadata
+    assert "Unexpected failure" not in caplog.text
+    [dead] = broker.dead_letters
+    assert dead.options["mine"] == 1
 
 
 # -- options and content -----------------------------------------------------------------------
@@ -621,6 +1109,7 @@ def test_an_abandoned_thread_s_run_is_interrupted(records, broker):
         assert began.wait(20)
         worker.stop(timeout=50)
         assert ends(records) == [("interrupted", "")]
+        assert reasons(records) == ["interrupted: the worker did not wait for it any longer"]
     finally:
         go_on.set()
         for thread in worker.workers:
