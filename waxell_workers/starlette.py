@@ -404,7 +404,7 @@ def _mounted(scope: Scope) -> tuple[str, Sequence[BaseRoute]]:
 
 
 def _route_of_endpoint(scope: Scope, routes: Sequence[BaseRoute]) -> BaseRoute | None:
-    """Return the route to an endpoint: Starlette itself does not tell it before 0.5x."""
+    """Return the route to an endpoint, where Starlette does not tell it: 0.40 does not."""
     endpoint = scope.get("endpoint")
     path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
     for route in routes if endpoint is not None else ():

@@ -424,7 +424,7 @@ def mounted(path, *routes):
 
 
 def fastapi_with_routers():
-    """A router in a router in an app, as FastAPI joins them: since 0.13x, only as a request comes."""
+    """A router in a router in an app, as FastAPI joins them: 0.165 only as a request comes."""
     inner, outer, app = APIRouter(prefix="/tickets"), APIRouter(prefix="/{tenant}"), FastAPI()
     inner.add_api_route("/{number}", lambda number: len([enqueue()]))
     outer.include_router(inner)
