@@ -33,7 +33,9 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 
 import waxell_workers.fastapi
+from tests.harness import await_
 from waxell_workers import WaxellContext, get_context, observe, options
+from waxell_workers import starlette as adapter
 from waxell_workers.core import collector as collecting
 from waxell_workers.core import lineage
 from waxell_workers.core.flush import FlushResult
@@ -329,15 +331,25 @@ def test_the_run_has_begun_with_the_request(records):
     assert end.at - run.at == pytest.approx(end.duration_ms / 1000, abs=0.02)
 
 
-def test_threads_of_one_request_make_one_run(records):
-    """Threads that enqueue at once, with the endpoint's context: one run, whole for all of them."""
+def test_threads_of_one_request_make_one_run(records, monkeypatch):
+    """Threads that come for the run at once: one is written, and the others have it whole before it is."""
     found = []
+    together = threading.Barrier(8)
+    name, start = adapter._request_name, adapter._RequestRun.start
+
+    def name_together(scope):
+        together.wait(10)
+        return name(scope)
+
+    def start_last(run, ago_s):
+        await_(lambda: len(found) == 7, "the other threads", 10)
+        start(run, ago_s)
+
+    monkeypatch.setattr(adapter, "_request_name", name_together)
+    monkeypatch.setattr(adapter._RequestRun, "start", start_last)
 
     def endpoint(request):
-        ready = threading.Barrier(8)
-
         def work():
-            ready.wait()
             found.append(enqueue())
 
         threads = [threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(8)]
@@ -347,18 +359,11 @@ def test_threads_of_one_request_make_one_run(records):
             thread.join()
         return PlainTextResponse("ok")
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(20):
-            found.clear()
-            call(application(endpoint, OURS))
-            run = records(RunStarted)[-1]
-            assert {parent_of(message) for message in found} == {run.run_id}
-            assert {message[lineage.HEADER]["trace"] for message in found} == {run.trace_id}
-    finally:
-        sys.setswitchinterval(interval)
-    assert len(records(RunStarted)) == len(records(RunEnded)) == 20
+    call(application(endpoint, OURS))
+    [run], [end] = records(RunStarted), records(RunEnded)
+    assert end.run_id == run.run_id
+    assert {parent_of(message) for message in found} == {run.run_id}
+    assert {message[lineage.HEADER]["trace"] for message in found} == {run.trace_id}
 
 
 def answering(status):
