@@ -13,24 +13,27 @@ not: those of a task are connected twice, and the second call does what an inter
 
 from __future__ import annotations
 
-import datetime
 import os
+import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from celery import Task as CeleryTask
-from celery import signals, states
+from celery import current_task, signals, states
 from celery.app.task import Context
 
-from .core import lineage, tasks, w3c
-from .core.encoding import reduce
+from . import _celery_ends as ends
+from . import _celery_requests as requests
+from .core import lineage, tasks
 from .core.runs import Run, get_context
 
 _F = TypeVar("_F", bound=Callable[..., None])
-_FRAMEWORK = "celery"
 _ATTEMPT = "_waxell_attempt"
-_ERROR = "_waxell_error"
+_END = "_waxell_end"
+_SUCCESSOR = "_waxell_successor"
+_TOLD = "_waxell_told"
 _LOOK_FOR_SHIPPER_S = 5.0
 _STATES = {
     states.SUCCESS: "success",
@@ -39,9 +42,9 @@ _STATES = {
     states.IGNORED: "ignored",
     states.REJECTED: "rejected",
     states.REVOKED: "revoked",
-    None: "interrupted",  # SystemExit or GreenletExit went through the task
 }
-_CARRIED = (lineage.HEADER, w3c.TRACEPARENT, w3c.TRACESTATE)
+_OF_A_STORY = ("root", "trace", "session", "user", "user_group", "tags", "metadata")
+"""What of our header is true of all that a task leads to."""
 _LOST = ("WorkerLostError", "TimeLimitExceeded", "Terminated")
 
 
@@ -60,11 +63,49 @@ def _connect(signal: Any, times: int = 1) -> Callable[[_F], _F]:
 
 
 @_connect(signals.before_task_publish)
-def _enqueued(headers: dict[str, Any] | None = None, **_: Any) -> None:
-    if isinstance(headers, dict):
-        run = get_context()
-        retry = run is not None and headers.get("id") == run.task_id and bool(headers.get("retries"))
-        headers.update(lineage.outgoing(headers, again=retry))
+def _enqueued(sender: Any = None, headers: Any = None, body: Any = None, **_: Any) -> None:
+    # Celery has made `headers` of the user's; ours go into that, and no dict inside it is changed.
+    if not isinstance(headers, dict):
+        return
+    told: Mapping[str, Any] = body if isinstance(body, dict) else headers  # as protocol 1 and 2 have it
+    request = getattr(current_task, "request", None)
+    attempt = _attempt_of(request)
+    if attempt is not None and _is_retry(told, request):
+        ours = lineage.outgoing(headers, again=True)
+        if ours and not attempt.run.is_muted:  # a block of the user's may be what is current
+            ours[lineage.HEADER]["previous"] = attempt.run.run_id
+        headers.update(ours)
+        return
+    if attempt is not None and _takes_its_place(told, request):
+        setattr(request, _SUCCESSOR, getattr(request, _SUCCESSOR, None) or sender)
+    sent = headers if get_context() is not None else _for_a_lost_task(told, headers)
+    headers.update(lineage.outgoing(sent))
+
+
+def _is_retry(told: Mapping[str, Any], request: Any) -> bool:
+    number = requests.number_after(told.get("retries"))
+    return bool(told.get("id") == request.id and number > requests.attempt_number(request))
+
+
+def _takes_its_place(told: Mapping[str, Any], request: Any) -> bool:
+    nesting = requests.nesting(told.get("replaced_task_nesting"))
+    return nesting > requests.nesting(request.replaced_task_nesting)
+
+
+def _for_a_lost_task(told: Mapping[str, Any], headers: dict[str, Any]) -> Mapping[str, Any]:
+    """Return what a message carries that is sent outside any run; the main process speaks for a lost task."""
+    own = headers.get(lineage.HEADER)
+    if isinstance(own, Mapping):  # its retry: this process does not know the attempt's run
+        return {**headers, lineage.HEADER: {name: own[name] for name in own if name != "previous"}}
+    parent_id = told.get("parent_id")
+    lost = _received.get(parent_id) if isinstance(parent_id, str) else None
+    if lost is None:
+        return headers
+    # Its errback: whose child it is can only be told by `parent_id`, but the story is the same.
+    carried = requests.message_of(Context(lost.request_dict))[lineage.HEADER]
+    if not isinstance(carried, Mapping):
+        return headers
+    return {**headers, lineage.HEADER: {name: carried[name] for name in _OF_A_STORY if name in carried}}
 
 
 # -- tasks, in the process that executes them --------------------------------------------------
@@ -75,17 +116,26 @@ def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None,
     request = task.request
     attempt = _attempt_of(request)
     if attempt is None:
-        attempt = tasks.prepare(_describe(task_id, task, request, args, kwargs), _options(task))
+        described = requests.describe(task_id, task.name or "", task.app, request, args, kwargs)
+        attempt = tasks.prepare(described, _options(task))
         setattr(request, _ATTEMPT, attempt)
     if not attempt.begun:
         tasks.begin(attempt)
 
 
 @_connect(signals.task_retry, times=2)
-def _will_retry(request: Context, reason: Any = None, **_: Any) -> None:
+def _will_retry(request: Context, sender: Any = None, reason: Any = None, **_: Any) -> None:
     cause = getattr(reason, "exc", None) or reason  # a Retry tells what it was raised for
+    if _attempt_of(request) is None:
+        if type(cause).__name__ in _LOST:  # the main process tries once more
+            _lost(request.id, cause)
+        return
     if isinstance(cause, BaseException):
-        _note_error(request, cause)
+        _note_end(request, cause, _retry_in_words(request, sender, reason))
+    following = getattr(reason, "sig", None)
+    if request.is_eager and following is not None:  # it is not sent, so that nothing else would tell it
+        ours = {lineage.HEADER: lineage.outgoing({}, again=True).get(lineage.HEADER)}
+        following.options["headers"] = {**(following.options.get("headers") or {}), **ours}
 
 
 @_connect(signals.task_failure, times=2)
@@ -97,22 +147,35 @@ def _failed(
         return
     if getattr(request, "id", None) == task_id and _attempt_of(request) is not None:
         # Celery clears the traceback's frames after this signal.
-        _note_error(request, exception)
+        reason = ""
+        if type(exception).__name__ == "SoftTimeLimitExceeded":
+            reason = f"error: soft time limit of {ends.seconds(_limits(sender)[1])}"
+        _note_end(request, exception, reason)
     elif type(exception).__name__ in _LOST:
         _lost(task_id, exception)
 
 
 @_connect(signals.task_postrun, times=2)
-def _ended(task: CeleryTask, state: str | None = None, **_: Any) -> None:
+def _ended(task: CeleryTask, state: str | None = None, retval: Any = None, **_: Any) -> None:
     request = task.request
     attempt = _attempt_of(request)
     if attempt is None:
         return
-    error = getattr(request, _ERROR, None) or {}
     name = _STATES.get(state, "success")
+    told: dict[str, str] = getattr(request, _END, None) or {}
     if name == "success":
-        error = {}
-    tasks.close(attempt, name, **error)
+        told = {}
+    elif name == "rejected":
+        told = {"reason": ends.rejected(retval)}
+    elif name == "ignored":
+        told = {"reason": ends.ignored(retval, getattr(request, _SUCCESSOR, None) or "")}
+    if state is None:  # Celery itself has failed, or something has gone through the task
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception):
+            name, told = "error", attempt.run.describe(error)
+        else:
+            name, told = "interrupted", {"reason": ends.interrupted(error)}
+    tasks.close(attempt, name, **told)
     setattr(request, _ATTEMPT, None)
     tasks.flush(attempt, _time_left_s(task, attempt.run))
 
@@ -120,29 +183,59 @@ def _ended(task: CeleryTask, state: str | None = None, **_: Any) -> None:
 # -- the main process --------------------------------------------------------------------------
 
 
-_lost_tasks: dict[str, float] = {}
+_received: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""By task id, what Celery has of a message for as long as it has it: its task may be lost."""
 _parents: set[int] = set()
 """The process that has made pool processes, which have a part of the stop's seconds."""
 
 
-def _lost(task_id: str, exception: BaseException) -> None:
-    # A hard time limit is reported twice.
-    if task_id in _lost_tasks:
-        return
-    if len(_lost_tasks) > 1000:
-        _lost_tasks.clear()
-    _lost_tasks[task_id] = time.monotonic()
-    text = ", ".join(str(part) for part in exception.args)
-    kind = type(exception).__name__
-    reason = f"hard time limit ({text} s) exceeded" if kind == "TimeLimitExceeded" else text or kind
-    tasks.task_lost(task_id, reason, kind)
+@_connect(signals.task_received)
+def _has_received(request: Any = None, **_: Any) -> None:
+    _received[request.id] = request
+
+
+def _lost(task_id: str, error: BaseException) -> None:
+    request = _received.get(task_id)
+    if _once(error if request is None else request):  # a hard time limit is reported twice, by two errors
+        tasks.task_lost(task_id, ends.killed(error), type(error).__name__)
 
 
 @_connect(signals.task_revoked)
-def _revoked(request: Any = None, terminated: bool = False, signum: Any = None, **_: Any) -> None:
-    if terminated and request is not None:
-        reason = f"revoked, and terminated by {signum or 'a signal'}"
-        tasks.task_lost(request.id, reason, "Terminated", state="revoked")
+def _revoked(
+    sender: Any = None,
+    request: Any = None,
+    terminated: bool = False,
+    signum: Any = None,
+    expired: bool = False,
+    **_: Any,
+) -> None:
+    if request is None or not _once(request):  # whoever terminates may do so again and again
+        return
+    if terminated:
+        tasks.task_lost(request.id, ends.terminated(signum), "Terminated", state="revoked")
+        return
+    task = requests.describe(request.id, sender.name, sender.app, request, request.args, request.kwargs)
+    reason = "revoked: expired before start" if expired else "revoked before start"
+    tasks.never_began(task, _options(sender), "revoked", reason)
+
+
+@_connect(signals.task_unknown)
+def _unknown(sender: Any = None, message: Any = None, name: str = "", **more: Any) -> None:
+    headers = message.headers if isinstance(message.headers, dict) else {}
+    told = headers if "task" in headers else {**message.payload, "headers": headers}  # protocol 2, or 1
+    hostname = getattr(sender, "hostname", "")
+    request = Context(told, delivery_info=message.delivery_info, hostname=hostname, is_eager=False)
+    task = requests.describe(more["id"], name, getattr(sender, "app", None), request, None, None)
+    reason = "rejected: no task of this name in this worker"
+    tasks.never_began(task, tasks.Options(), "rejected", reason, "NotRegistered")
+
+
+def _once(told: Any) -> bool:
+    """True for the first word about an object of Celery's."""
+    if getattr(told, _TOLD, False):
+        return False
+    setattr(told, _TOLD, True)
+    return True
 
 
 @_connect(signals.worker_before_create_process)
@@ -183,31 +276,6 @@ def _worker_stopping(**_: Any) -> None:
 # -- translation -------------------------------------------------------------------------------
 
 
-def _describe(task_id: str, task: CeleryTask, request: Context, args: Any, kwargs: Any) -> tasks.Task:
-    delivery = request.delivery_info or {}
-    return tasks.Task(
-        framework=_FRAMEWORK,
-        name=task.name or "",
-        task_id=task_id,
-        attempt=(request.retries or 0) + 1,
-        queue=delivery.get("routing_key") or "",
-        worker=request.hostname or "",
-        redelivered=bool(delivery.get("redelivered")),
-        eta=_timestamp(request.eta),
-        message=_message(request),
-        parent_task_id=request.parent_id or "",
-        root_task_id=request.root_id or "",
-        inputs=lambda: {"args": reduce(args), "kwargs": reduce(kwargs)},
-        nested=bool(request.is_eager),
-    )
-
-
-def _message(request: Context) -> Mapping[str, Any]:
-    # Where a header lands differs by Celery's version and protocol: both places have it in 5.3 to 5.7.
-    headers = request.headers if isinstance(request.headers, dict) else {}
-    return {name: headers.get(name) or request.get(name) for name in _CARRIED}
-
-
 def _options(task: CeleryTask) -> tasks.Options:
     # Marked above @app.task, the task object carries it; below, its function.
     return tasks.options_of(task, task.run, getattr(task, "__wrapped__", None))
@@ -218,10 +286,35 @@ def _attempt_of(request: Any) -> tasks.Attempt | None:
     return attempt if isinstance(attempt, tasks.Attempt) else None
 
 
-def _note_error(request: Context, error: BaseException) -> None:
+def _note_end(request: Context, error: BaseException, reason: str) -> None:
     attempt = _attempt_of(request)
-    if attempt is not None and getattr(request, _ERROR, None) is None:
-        setattr(request, _ERROR, attempt.run.describe(error))
+    if attempt is not None and getattr(request, _END, None) is None:
+        setattr(request, _END, {**attempt.run.describe(error), "reason": reason})
+
+
+def _retry_in_words(request: Context, task: Any, reason: Any) -> str:
+    # `retry(max_retries=…)` is kept by Celery on the task, and counts from then on.
+    most = getattr(task, "override_max_retries", None)
+    most = getattr(task, "max_retries", None) if most is None else most
+    when = getattr(reason, "when", None)
+    wait_s = when if isinstance(when, (int, float)) else None
+    moment = requests.timestamp(when)
+    if moment is not None:
+        wait_s = moment - time.time()
+    return ends.retry(
+        requests.attempt_number(request) + 1, most + 1 if isinstance(most, int) else None, wait_s
+    )
+
+
+def _limits(task: Any) -> tuple[float | None, float | None]:
+    """Return the hard and the soft time limit of the task that is executed, in seconds."""
+    told = task.request.timelimit
+    hard, soft = told if isinstance(told, (list, tuple)) and len(told) == 2 else (None, None)
+    conf = task.app.conf
+    return (
+        hard or task.time_limit or conf.task_time_limit,
+        soft or task.soft_time_limit or conf.task_soft_time_limit,
+    )
 
 
 def _time_left_s(task: CeleryTask, run: Run) -> float | None:
@@ -229,21 +322,5 @@ def _time_left_s(task: CeleryTask, run: Run) -> float | None:
 
     The soft one too: it would surface in our handler, and Celery would log that it did.
     """
-    hard, soft = task.request.timelimit or (None, None)
-    limits = (
-        hard or task.time_limit or task.app.conf.task_time_limit,
-        soft or task.soft_time_limit or task.app.conf.task_soft_time_limit,
-    )
-    left = [limit - run.elapsed_s() for limit in limits if limit is not None]
+    left = [limit - run.elapsed_s() for limit in _limits(task) if limit is not None]
     return min(left) if left else None
-
-
-def _timestamp(eta: object) -> float | None:
-    if isinstance(eta, str):
-        try:
-            eta = datetime.datetime.fromisoformat(eta.replace("Z", "+00:00"))
-        except ValueError:
-            return None
-    if not isinstance(eta, datetime.datetime):
-        return None
-    return (eta if eta.tzinfo else eta.replace(tzinfo=datetime.timezone.utc)).timestamp()

@@ -91,7 +91,7 @@ def test_a_hard_time_limit_leaves_a_killed_run_with_its_call(make_worker, server
     [run] = await_(server.ended, "ended run")
     assert (run["task_id"], run["status"], run["markers"]) == (task, "killed", ["the-marker"])
     assert "TimeLimitExceeded" in run["error"]
-    assert "hard time limit (4" in run["error"]
+    assert run["reason"] == "killed: hard time limit of 4 s"
 
 
 def test_a_task_that_is_sigkilled_leaves_a_killed_run_with_its_call(make_worker, server):
@@ -102,7 +102,7 @@ def test_a_task_that_is_sigkilled_leaves_a_killed_run_with_its_call(make_worker,
     [run] = await_(server.ended, "ended run")
     assert (run["task_id"], run["status"], run["markers"]) == (task, "killed", ["the-marker"])
     assert "WorkerLostError" in run["error"]
-    assert "SIGKILL" in run["error"]
+    assert run["reason"] == "killed: signal 9, probably out of memory"
 
 
 def test_what_a_killed_shipper_left_is_delivered_by_the_next_worker(make_worker, server):

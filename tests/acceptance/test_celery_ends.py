@@ -62,19 +62,22 @@ def test_a_task_that_is_revoked_and_terminated_is_revoked(worker, busy_worker, s
     control(worker).revoke(task, terminate=True, signal=number)
     [run] = await_(server.ended, "ended run")
     assert (run["task_id"], run["status"], run["markers"]) == (task, "revoked", ["slow"])
-    assert "revoked" in run["error"]
+    assert run["reason"] == f"revoked: terminated by {number} while it ran"
 
 
-def test_a_task_that_is_revoked_in_the_queue_leaves_no_run(worker, busy_worker, server):
-    """What was never attempted is no run; the task after it is one."""
+def test_a_task_that_is_revoked_in_the_queue_says_so(worker, busy_worker, server):
+    """It has never begun: its run has no call, and the reason; the task after it is not concerned."""
     busy_worker("--pool", "prefork", "--concurrency", "1", seconds=5)
     queued = worker.send("ask", "queued")
     worker.await_log(f"[{queued}] received")
     control(worker).revoke(queued)
     worker.await_log(f"Tasks flagged as revoked: {queued}")
     worker.send("ask", "next")
-    await_(lambda: len(server.ended()) >= 2, "two ended runs")
-    assert sorted(run["markers"] for run in server.runs()) == [["next"], ["slow"]]
+    await_(lambda: len(server.ended()) >= 3, "three ended runs")
+    runs = server.runs()
+    assert sorted(run["markers"] for run in runs) == [[], ["next"], ["slow"]]
+    [revoked] = [run for run in runs if run["task_id"] == queued]
+    assert (revoked["status"], revoked["reason"]) == ("revoked", "revoked before start")
 
 
 def test_a_cold_shutdown_interrupts(worker, busy_worker, server):
@@ -84,6 +87,7 @@ def test_a_cold_shutdown_interrupts(worker, busy_worker, server):
     worker.process.wait(30)
     [run] = await_(server.ended, "ended run")
     assert (run["status"], run["markers"]) == ("interrupted", ["slow"])
+    assert run["reason"] == "interrupted: the worker was told to stop"
 
 
 def test_a_warm_shutdown_lets_the_task_finish(worker, busy_worker, server):
