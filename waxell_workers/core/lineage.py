@@ -154,7 +154,7 @@ def _of(run: Run) -> dict[str, Any]:
     own = {
         "run": parent,
         "root": run.root_run_id if parent else None,
-        "trace": run.trace_id if w3c.is_trace_id(run.trace_id) else None,
+        "trace": run.trace_id,
         "session": _said_text(run.session_id),
         "user": _said_text(run.user_id),
         "user_group": _said_text(run.user_group),

@@ -222,8 +222,10 @@ class Run:
         self.trace = self.trace or w3c.of_opentelemetry()
         if self.trace is not None:
             self.trace_id = self.trace.trace_id
-        else:
-            self.trace_id = self.root_run_id if w3c.is_trace_id(self.root_run_id) else self.run_id
+        elif w3c.is_trace_id(self.root_run_id):
+            self.trace_id = self.root_run_id
+        elif not self.is_muted:
+            self.trace_id = self.run_id
 
     @property
     def seen_as(self) -> str:

@@ -223,6 +223,7 @@ def never_began(task: Task, marked: Options, state: str, reason: str, error_type
     if collector is None or not collector.active:
         return
     run = prepare(replace(task, nested=True, facts={**task.facts, "wait_s": None}), marked).run
+    run.parent_run_id = run.parent_run_id or ""  # never what happens to be current here
     run.start()
     run.end(state, reason=reason, error_type=error_type)
 
