@@ -129,8 +129,8 @@ def test_what_goes_wrong_on_the_way_leaves_the_file_as_it_was(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk, say: the server does not start, and the next try finds version 1, whole."""
-    half, _, _ = migration._UPGRADE.partition("DROP TABLE calls_1")
-    monkeypatch.setattr(migration, "_UPGRADE", f"{half}INSERT INTO no_such_table VALUES (1);\n")
+    half, _, _ = migration._STEPS[1].partition("DROP TABLE calls_1")
+    monkeypatch.setitem(migration._STEPS, 1, f"{half}INSERT INTO no_such_table VALUES (1);\n")
     with pytest.raises(ConfigError, match="no such table"):
         Store(old)
     monkeypatch.undo()

@@ -120,7 +120,10 @@ def _start(record: RunStarted) -> Start:
         started_at=record.at,
         source="ingest",
         inputs=record.inputs,
-        metadata=record.metadata | ({"user_group": record.user_group} if record.user_group else {}),
+        metadata=record.ambient
+        | record.metadata
+        | ({"user_group": record.user_group} if record.user_group else {}),
+        tags=record.tags,
         session_id=record.session_id,
         user_id=record.user_id,
         trace_id=record.trace_id,
@@ -167,6 +170,8 @@ def _end(record: RunEnded) -> End:
         ended_at=record.at,
         duration_ms=record.duration_ms,
         error=error_line(record.error_type, record.error_message),
+        error_type=record.error_type,
+        reason=record.reason,
         traceback=record.traceback,
         result=record.result,
     )

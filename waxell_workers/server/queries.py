@@ -5,11 +5,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any
 
-from .model import Call, RunDetail, RunSummary, Score, Span, Stats, Step, iso
-from .values import loads
+from .model import RUNNING, Call, RunDetail, RunSummary, Score, Span, Stats, Step, Total, iso
+from .values import instant, loads
 
 _DURATION = "coalesce(duration_ms, round((ended_at - started_at) * 1000, 1)) AS duration_ms"
 _UNKNOWN = "tokens_in_unknown, tokens_out_unknown, cost_unknown"
@@ -18,16 +17,34 @@ _SUMS = ", ".join(
     f"CASE WHEN calls > 0 AND {name}_unknown >= calls THEN NULL ELSE {name} END AS {name}"
     for name in ("tokens_in", "tokens_out")
 )
-_SUMMARY = (
-    f"SELECT run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls, {_SUMS}, cost_usd,"
-    f" error, metadata, {_UNKNOWN} FROM runs"
-)
+_TASK = "framework, task, queue, attempt, enqueued_at, eta, wait_s, error_type, reason"
+_FACTS = f"{_TASK}, task_id, trace_id, parent_run_id, previous_run_id, linked_run_id"
 TOO_LONG = "too long for a page; the JSON of this run has it"
 _OBJECT = f'{{"…": "{TOO_LONG}"}}'
 _LIST = f'["{TOO_LONG}"]'
 
+TOTAL = ", ".join(
+    (
+        "count(*) AS runs",
+        "coalesce(sum(calls), 0) AS calls",
+        *(
+            # `sum` of whole numbers fails where the result is beyond 64 bits
+            f"CASE WHEN sum(calls) > 0 AND sum({name}_unknown) >= sum(calls) THEN NULL"
+            f" ELSE cast(total({name}) AS INTEGER) END AS {name}"
+            for name in ("tokens_in", "tokens_out")
+        ),
+        "sum(cost_usd) AS cost_usd",
+        *(f"coalesce(sum({name}), 0) AS {name}" for name in _UNKNOWN.split(", ")),
+    )
+)
+"""The columns of a `model.Total`, over rows of `runs`."""
+OWN = f"calls, {_SUMS}, cost_usd, {_UNKNOWN}"
+"""The same of one run, but for the number of runs."""
+FAILED = f"status NOT IN ('success', 'ignored', '{RUNNING}')"
+"""True for an attempt whose cost was in vain."""
+
 _LARGEST = 2**63 - 1
-_RELATED = 200
+RELATED = 200
 """How many attempts or children of a run are listed."""
 
 
@@ -46,10 +63,11 @@ def runs(
         where.append("(started_at, run_id) < (?, ?)")
         values.extend(_position(db, before))
     rows = db.execute(
-        f"{_SUMMARY} WHERE {' AND '.join(where)} ORDER BY started_at DESC, run_id DESC LIMIT ?",
+        f"SELECT {SUMMARY} FROM runs WHERE {' AND '.join(where)}"
+        " ORDER BY started_at DESC, run_id DESC LIMIT ?",
         (*values, limit),
     )
-    return [_summary(row) for row in rows]
+    return [summarized(row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +96,19 @@ class Extent:
 ALL = Extent()
 
 
+def columns(extent: Extent = ALL) -> str:
+    """Return the columns of a run's summary, for `summarized`."""
+    return (
+        f"run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls, {_SUMS}, cost_usd,"
+        f" error, {extent.json('metadata', _OBJECT)}, {_UNKNOWN}, {_FACTS}"
+    )
+
+
 def _size(column: str) -> str:
     return f"length(CAST({column} AS BLOB))"  # that of a text ends at its first NUL
+
+
+SUMMARY = columns()
 
 
 def run(db: sqlite3.Connection, run_id: str, extent: Extent = ALL) -> RunDetail | None:
@@ -97,7 +126,8 @@ def head(db: sqlite3.Connection, run_id: str, extent: Extent = ALL) -> dict[str,
         f"SELECT run_id, agent_name, workflow_name, status, started_at, {_DURATION}, calls AS call_count,"
         f" {_SUMS}, cost_usd, error, metadata, {_UNKNOWN}, {extent.text('traceback')},"
         f" {extent.json('inputs', _OBJECT)}, {extent.json('result')}, tags, session_id,"
-        " user_id, trace_id, task_id, parent_run_id, root_run_id, source FROM runs WHERE run_id = ?",
+        " user_id, trace_id, task_id, parent_run_id, root_run_id, source,"
+        f" {_TASK}, previous_run_id, linked_run_id, parent_task_id, user_group FROM runs WHERE run_id = ?",
         (run_id,),
     ).fetchone()
     if row is None:
@@ -105,8 +135,7 @@ def head(db: sqlite3.Connection, run_id: str, extent: Extent = ALL) -> dict[str,
     found = dict(row)
     for column in ("metadata", "inputs", "result", "tags"):
         found[column] = loads(found[column])
-    found["started_at"] = iso(found["started_at"])
-    return found
+    return dated(found)
 
 
 def belongings(
@@ -129,8 +158,8 @@ def lengths(db: sqlite3.Connection, run_id: str) -> dict[str, int]:
 
 def summary(db: sqlite3.Connection, run_id: str) -> RunSummary | None:
     """Return one run as a list shows it, or None."""
-    row = db.execute(f"{_SUMMARY} WHERE run_id = ?", (run_id,)).fetchone()
-    return None if row is None else _summary(row)
+    row = db.execute(f"SELECT {SUMMARY} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+    return None if row is None else summarized(row)
 
 
 def has_run(db: sqlite3.Connection, run_id: str) -> bool:
@@ -143,17 +172,29 @@ def attempts(db: sqlite3.Connection, task_id: str) -> list[RunSummary]:
     if not task_id:
         return []
     rows = db.execute(
-        f"{_SUMMARY} WHERE task_id = ? ORDER BY started_at, run_id LIMIT {_RELATED}", (task_id,)
+        f"SELECT {SUMMARY} FROM runs WHERE task_id = ? ORDER BY started_at, run_id LIMIT {RELATED}",
+        (task_id,),
     )
-    return [_summary(row) for row in rows]
+    return [summarized(row) for row in rows]
 
 
 def children(db: sqlite3.Connection, run_id: str) -> list[RunSummary]:
     """Return the runs that this one started, oldest first."""
     rows = db.execute(
-        f"{_SUMMARY} WHERE parent_run_id = ? ORDER BY started_at, run_id LIMIT {_RELATED}", (run_id,)
+        f"SELECT {SUMMARY} FROM runs WHERE parent_run_id = ? ORDER BY started_at, run_id LIMIT {RELATED}",
+        (run_id,),
     )
-    return [_summary(row) for row in rows]
+    return [summarized(row) for row in rows]
+
+
+def linked(db: sqlite3.Connection, run_id: str) -> list[RunSummary]:
+    """Return the runs that this one enqueued without being their parent, oldest first."""
+    rows = db.execute(
+        f"SELECT {SUMMARY} FROM runs WHERE linked_run_id = ? AND linked_run_id <> ''"
+        f" ORDER BY started_at, run_id LIMIT {RELATED}",
+        (run_id,),
+    )
+    return [summarized(row) for row in rows]
 
 
 def agents(db: sqlite3.Connection) -> list[str]:
@@ -205,22 +246,32 @@ def _position(db: sqlite3.Connection, before: str) -> tuple[float, str]:
     row = db.execute("SELECT started_at, run_id FROM runs WHERE run_id = ?", (before,)).fetchone()
     if row is not None:
         return row["started_at"], row["run_id"]
-    try:
-        # Python 3.10 reads no `Z`
-        moment = datetime.fromisoformat(before[:-1] + "+00:00" if before.endswith("Z") else before)
-    except ValueError:
-        raise ValueError("before: expected the id of a stored run, or an ISO 8601 time") from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return moment.timestamp(), ""
+    moment = instant(before)
+    if moment is None:
+        raise ValueError("before: expected the id of a stored run, or an ISO 8601 time")
+    return moment, ""
 
 
-def _summary(row: sqlite3.Row) -> RunSummary:
-    found: Any = dict(row)
-    found["started_at"] = iso(found["started_at"])
+def summarized(row: sqlite3.Row) -> RunSummary:
+    """Make a summary of a row with `columns` (and perhaps more, which stay as they are)."""
+    found: Any = dated(dict(row))
     found["metadata"] = loads(found["metadata"])
-    summary: RunSummary = found  # the columns of _SUMMARY
+    summary: RunSummary = found
     return summary
+
+
+def total_of(row: sqlite3.Row) -> Total:
+    """Return the sums of a row with `TOTAL`."""
+    found: Any = {name: row[name] for name in Total.__annotations__}
+    total: Total = found
+    return total
+
+
+def dated(found: dict[str, Any]) -> dict[str, Any]:
+    """Write the times of a run as ISO 8601."""
+    for name in ("started_at", "enqueued_at", "eta"):
+        found[name] = None if found[name] is None else iso(found[name])
+    return found
 
 
 def _calls(db: sqlite3.Connection, run_id: str, extent: Extent) -> Iterator[Call]:

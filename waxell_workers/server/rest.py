@@ -74,12 +74,11 @@ def start(store: Store, body: dict[str, Any], at: float, fresh_id: str) -> dict[
         task_id=text(ours.pop("task_id", "")),
         parent_run_id=text(ours.pop("parent_run_id", "")) or text(body.get("parent_workflow_id")),
         root_run_id=text(ours.pop("root_run_id", "")) or text(body.get("root_workflow_id")),
-        metadata=metadata | ({OURS: ours} if ours else {}),
+        metadata=metadata | ({OURS: ours} if ours else {}) | updated,
+        tags=tags,
     )
     with store.write() as writer:
-        if writer.start(run_id, start):
-            writer.update(run_id, tags=tags, metadata=updated)
-        else:
+        if not writer.start(run_id, start):
             writer.count(duplicates=1)
     return {"run_id": run_id, "workflow_id": run_id, "started_at": iso(started_at)}
 
@@ -174,6 +173,8 @@ def complete(request: RunRequest) -> dict[str, Any]:
         ended_at=moment(ours.get("ended_at"), LATEST) or request.at,
         duration_ms=amount(ours.get("duration_ms")),
         error=error,
+        error_type=words(body.get("error_type")),
+        reason=words(ours.get("reason")),
         traceback=text(body.get("traceback")),
         result=None if result == {} else result,
         trace_id=text(body.get("trace_id")),

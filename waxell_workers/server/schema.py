@@ -18,7 +18,7 @@ from .tables import TABLES
 
 logger = logging.getLogger("waxell_workers.server")
 
-VERSION = 2
+VERSION = 3
 """`PRAGMA user_version` of a database of ours."""
 
 APPLICATION = 0x57615857
@@ -59,7 +59,7 @@ def connect(path: Path, *, query_only: bool, version: int = VERSION) -> sqlite3.
         connection.execute("PRAGMA synchronous = NORMAL")  # a commit survives the death of the process
         if query_only:
             if version < VERSION:
-                migration.hide(connection)
+                migration.hide(connection, version)
             connection.execute("PRAGMA query_only = ON")
     except BaseException:
         connection.close()
@@ -105,9 +105,9 @@ def _open(path: Path) -> sqlite3.Connection:
         if version == 0 and not _tables(connection):
             migration.execute(connection, TABLES)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
-        elif version == 1:
-            logger.info("%s is of version 1: it is brought up to version %d", path, VERSION)
-            migration.upgrade(connection)
+        elif version < VERSION:
+            logger.info("%s is of version %d: it is brought up to version %d", path, version, VERSION)
+            migration.upgrade(connection, version)
         if version != VERSION:  # setting it, to whatever, writes to the file
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")

@@ -16,13 +16,14 @@ import os
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import ConfigError
-from . import queries, schema
-from .model import RUNNING, RunDetail, RunSummary, Stats
+from . import attempts, lineage, queries, schema, spend, values, waits
+from .model import RUNNING, Group, QueueWait, RunDetail, RunSummary, Spend, Stats, Total, Tree, WaitOf, Waste
 from .values import dumps
 from .writes import Writer
 
@@ -186,12 +187,19 @@ class Store:
         with self.read() as connection:
             return queries.summary(connection, run_id)
 
-    def stream(self, run_id: str) -> Iterator[bytes]:
-        """Yield a run as JSON, as `run` returns it, in pieces; nothing if it is not stored."""
+    def stream(self, run_id: str, *, subtotal: bool = False) -> Iterator[bytes]:
+        """Yield a run as JSON, as `run` returns it, in pieces; nothing if it is not stored.
+
+        Args:
+            run_id: the run.
+            subtotal: add what `subtotal` returns, under that name.
+        """
         with self.read() as connection:
             head = queries.head(connection, run_id)
             if head is None:
                 return
+            if subtotal:
+                head["subtotal"] = lineage.subtotal(connection, run_id)
             piece = bytearray(dumps(head).encode()[:-1])
             for name, items in queries.belongings(connection, run_id):
                 piece += f',"{name}":['.encode()
@@ -212,6 +220,90 @@ class Store:
         """Return the attempts of the run's task (itself included, oldest first) and the runs it started."""
         with self.read() as connection:
             return queries.attempts(connection, run["task_id"]), queries.children(connection, run["run_id"])
+
+    def linked(self, run_id: str) -> list[RunSummary]:
+        """Return the runs that this one enqueued without being their parent (`propagate="link"`)."""
+        with self.read() as connection:
+            return queries.linked(connection, run_id)
+
+    def tree(self, run_id: str) -> Tree | None:
+        """Return the tree that a run is in: its trace, from its topmost ancestor down.
+
+        Returns:
+            The tree; None if the run is not stored.
+        """
+        with self.read() as connection:
+            return lineage.tree(connection, run_id)
+
+    def trace(self, trace_id: str) -> Tree | None:
+        """Return the tree of a trace; None if no run of it is stored.
+
+        Args:
+            trace_id: 32 hexadecimal digits; or the id of the root run, where runs have no trace id.
+        """
+        with self.read() as connection:
+            return lineage.trace(connection, trace_id)
+
+    def subtotal(self, run_id: str) -> Total | None:
+        """Sum up a run and all below it; None if it is not stored."""
+        with self.read() as connection:
+            return lineage.subtotal(connection, run_id)
+
+    def task(self, task_id: str) -> Group | None:
+        """Return the attempts of a task, and their sums; None if no run of it is stored."""
+        with self.read() as connection:
+            return attempts.group(connection, task_id)
+
+    def wait_of(self, run_id: str) -> WaitOf | None:
+        """Return how long a run waited, and what is usual in its queue; None if it is not stored."""
+        with self.read() as connection:
+            return waits.wait_of(connection, run_id)
+
+    def queues(self, since: str = "", limit: int = 50) -> list[QueueWait]:
+        """Return how long runs waited in each queue, the slowest first: by the wait that 95 % did not exceed.
+
+        Args:
+            since: only runs that began then or later: an ISO 8601 time, or a span such as `24h`; empty for
+                all.
+            limit: at most so many.
+
+        Raises:
+            ValueError: `since` is neither.
+        """
+        from_s = values.since(since, time.time())
+        with self.read() as connection:
+            return waits.queues(connection, since=from_s, limit=limit)
+
+    def spend(self, by: str = "task", since: str = "", limit: int = 50) -> list[Spend]:
+        """Return what each task, queue, model, … has cost, the dearest first.
+
+        Args:
+            by: one of `spend.DIMENSIONS`. Money is the runs' own, but by `model`, which is of single calls.
+            since: only runs (by `model`, calls) that began then or later; as in `queues`.
+            limit: at most so many.
+
+        Raises:
+            ValueError: `by` or `since` is not one of these.
+        """
+        if by not in spend.DIMENSIONS:
+            raise ValueError(f"by: expected {', '.join(spend.DIMENSIONS[:-1])} or {spend.DIMENSIONS[-1]}")
+        from_s = values.since(since, time.time())
+        with self.read() as connection:
+            return spend.spend(connection, by=by, since=from_s, limit=limit)
+
+    def waste(self, since: str = "", limit: int = 50) -> Waste:
+        """Sum up what attempts have cost that ended neither in success nor ignored, in all and by the error.
+
+        Args:
+            since: only runs that began then or later; as in `queues`.
+            limit: at most so many errors.
+
+        Raises:
+            ValueError: `since` is no time.
+        """
+        from_s = values.since(since, time.time())
+        with self.read() as connection:
+            return spend.waste(connection, since=from_s, limit=limit)
 
     def agents(self) -> list[str]:
         """Return the names of the agents, sorted, at most 500."""

@@ -41,6 +41,21 @@ CREATE INDEX runs_sums ON runs (agent_name, status, calls, tokens_in, tokens_out
     tokens_in_unknown, tokens_out_unknown, cost_unknown);
 """
 
+LINEAGE = """\
+CREATE INDEX runs_task ON runs (task_id, started_at, run_id) WHERE task_id <> '';
+CREATE INDEX runs_trace ON runs (trace_id, started_at, run_id) WHERE trace_id <> '';
+CREATE INDEX runs_root ON runs (root_run_id) WHERE trace_id = '' AND root_run_id <> '';
+CREATE INDEX runs_parent_task ON runs (parent_task_id, started_at)
+    WHERE parent_task_id <> '' AND parent_run_id = '';
+CREATE INDEX runs_linked ON runs (linked_run_id) WHERE linked_run_id <> '';
+CREATE INDEX runs_queue ON runs (framework, queue, started_at, wait_s) WHERE queue <> '';
+CREATE INDEX runs_spend ON runs (started_at, status, error_type, framework, task, queue, agent_name,
+    session_id, user_id, attempt, run_id, calls, tokens_in, tokens_out, cost_usd,
+    tokens_in_unknown, tokens_out_unknown, cost_unknown);
+CREATE INDEX calls_model ON calls (model, provider, started_at, run_id, tokens_in, tokens_out, cost_usd);
+"""
+"""For one run's relatives; the last three hold all that is summed up over many runs or calls: no texts."""
+
 TABLES = f"""
 CREATE TABLE runs (
     run_id TEXT NOT NULL PRIMARY KEY,
@@ -51,6 +66,19 @@ CREATE TABLE runs (
     started_at REAL NOT NULL,                    -- Unix seconds
     ended_at REAL,
     duration_ms REAL,                            -- NULL: ended_at - started_at
+    error_type TEXT NOT NULL DEFAULT '',
+    reason TEXT NOT NULL DEFAULT '',
+    framework TEXT NOT NULL DEFAULT '',          -- from the metadata, as all down to user_group
+    task TEXT NOT NULL DEFAULT '',
+    queue TEXT NOT NULL DEFAULT '',
+    attempt INTEGER,
+    enqueued_at REAL,
+    eta REAL,
+    wait_s REAL,
+    previous_run_id TEXT NOT NULL DEFAULT '',
+    linked_run_id TEXT NOT NULL DEFAULT '',
+    parent_task_id TEXT NOT NULL DEFAULT '',
+    user_group TEXT NOT NULL DEFAULT '',
     error TEXT NOT NULL DEFAULT '',
     traceback TEXT NOT NULL DEFAULT '',
     inputs TEXT NOT NULL DEFAULT '{{}}',
@@ -75,10 +103,11 @@ CREATE TABLE runs (
 CREATE INDEX runs_newest ON runs (started_at, run_id);
 CREATE INDEX runs_agent ON runs (agent_name, started_at, run_id);
 CREATE INDEX runs_status ON runs (status, started_at, run_id);
-{SUMS}CREATE INDEX runs_task ON runs (task_id) WHERE task_id <> '';
-CREATE INDEX runs_parent ON runs (parent_run_id) WHERE parent_run_id <> '';
+{SUMS}CREATE INDEX runs_parent ON runs (parent_run_id) WHERE parent_run_id <> '';
 
-{CALLS}CREATE TABLE steps (
+{CALLS}
+{LINEAGE}
+CREATE TABLE steps (
     seq INTEGER PRIMARY KEY,
     run_id TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
     position INTEGER NOT NULL DEFAULT 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import datetime, timezone
 from typing import Any
 
 import msgspec
@@ -26,6 +27,8 @@ _LARGEST_AMOUNT = 1e12
 """Above any duration in milliseconds and any cost; a sum of many is still a number."""
 _LEFT_OUT = "not kept here"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
+_SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _STATE = re.compile(r"[a-z][a-z_]{0,31}")
 
 
@@ -74,6 +77,37 @@ def moment(value: object, latest: float) -> float | None:
     """Return Unix seconds above 0 and not after `latest`, or None: milliseconds are not seconds."""
     found = number(value)
     return found if found is not None and 0 < found <= latest else None
+
+
+def instant(text: str) -> float | None:
+    """Return Unix seconds of an ISO 8601 time, in UTC if it names no offset; None if it is none."""
+    try:
+        # Python 3.10 reads no `Z`
+        found = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith("Z") else text)
+    except ValueError:
+        return None
+    return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def since(text: str, now: float) -> float:
+    """Return Unix seconds of the beginning of a time that ends now.
+
+    Args:
+        text: an ISO 8601 time, or a span of seconds, minutes, hours, days or weeks, such as `24h`; empty
+            for all.
+        now: Unix seconds.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not text:
+        return 0.0
+    if span := _SPAN.fullmatch(text):
+        return now - int(span[1]) * _SECONDS[span[2]]
+    found = instant(text)
+    if found is None:
+        raise ValueError("since: expected an ISO 8601 time, or a span such as 30m, 24h or 7d")
+    return found
 
 
 def cut(value: str, length: int = LONGEST_NAME) -> str:

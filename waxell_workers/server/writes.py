@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..export.counts import WITHOUT_OUTPUT
+from .facts import facts
 from .model import LATEST, RUNNING
 from .values import (
     LONGEST_LINE,
@@ -43,6 +44,7 @@ class Start:
     source: str
     inputs: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
     session_id: str = ""
     user_id: str = ""
     trace_id: str = ""
@@ -59,6 +61,8 @@ class End:
     ended_at: float
     duration_ms: float | None = None
     error: str = ""
+    error_type: str = ""
+    reason: str = ""
     traceback: str = ""
     result: Any = None
     trace_id: str = ""
@@ -112,44 +116,47 @@ class Writer:
     def start(self, run_id: str, start: Start) -> bool:
         """Store the start of a run; return False, and change nothing, if it is known already."""
         self.place(run_id, start.started_at, start.source)
-        row = self._db.execute("SELECT known, metadata FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        row = self._db.execute(
+            "SELECT known, metadata, tags, trace_id FROM runs WHERE run_id = ?", (run_id,)
+        ).fetchone()
         if row["known"]:
             return False
         metadata = start.metadata | loads(row["metadata"])  # an update that came before its start is newer
         if start.task_id:
             metadata.setdefault("task_id", start.task_id)
-        self._db.execute(
-            "UPDATE runs SET known = 1, agent_name = ?, workflow_name = ?, started_at = ?, source = ?,"
-            " inputs = ?, metadata = ?, session_id = ?, user_id = ?, task_id = ?, parent_run_id = ?,"
-            " root_run_id = ?, trace_id = coalesce(nullif(trace_id, ''), ?) WHERE run_id = ?",
-            (
-                cut(start.agent_name),
-                cut(start.workflow_name),
-                start.started_at,
-                start.source,
-                dumps(start.inputs),
-                small(metadata),
-                cut(start.session_id),
-                cut(start.user_id),
-                _task_id(metadata),
-                cut(start.parent_run_id),
-                cut(start.root_run_id),
-                cut(start.trace_id),
-                run_id,
-            ),
-        )
+        told = {
+            "known": 1,
+            "agent_name": cut(start.agent_name),
+            "workflow_name": cut(start.workflow_name),
+            "started_at": start.started_at,
+            "source": start.source,
+            "inputs": dumps(start.inputs),
+            "metadata": small(metadata),
+            "tags": small(start.tags | loads(row["tags"])),
+            "session_id": cut(start.session_id),
+            "user_id": cut(start.user_id),
+            "task_id": _task_id(metadata),
+            "parent_run_id": cut(start.parent_run_id),
+            "root_run_id": cut(start.root_run_id),
+            "trace_id": row["trace_id"] or cut(start.trace_id),
+        }
+        self._change(run_id, told | facts(metadata))
         return True
 
     def end(self, run_id: str, end: End) -> bool:
         """Store the end of a run; return False, and change nothing, if it has ended already."""
         changed = self._db.execute(
-            "UPDATE runs SET status = ?, ended_at = ?, duration_ms = ?, error = ?, traceback = ?, result = ?,"
-            " trace_id = coalesce(nullif(?, ''), trace_id) WHERE run_id = ? AND status = ?",
+            "UPDATE runs SET status = ?, ended_at = ?, duration_ms = ?, error = ?, error_type = ?,"
+            " reason = ?, traceback = ?, result = ?, trace_id = coalesce(nullif(?, ''), trace_id)"
+            " WHERE run_id = ? AND status = ?",
             (
                 end.status,
                 end.ended_at,
                 amount(end.duration_ms),
                 cut(end.error, LONGEST_LINE),
+                # where there was no exception, REST repeats the state
+                "" if end.error_type == end.status else cut(end.error_type),
+                cut(end.reason),
                 end.traceback,
                 dumps(end.result),
                 cut(end.trace_id),
@@ -178,10 +185,12 @@ class Writer:
             return
         row = self._db.execute("SELECT tags, metadata FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         merged = loads(row["metadata"]) | metadata
-        self._db.execute(
-            "UPDATE runs SET tags = ?, metadata = ?, task_id = ? WHERE run_id = ?",
-            (small(loads(row["tags"]) | tags), small(merged), _task_id(merged), run_id),
-        )
+        told = {
+            "tags": small(loads(row["tags"]) | tags),
+            "metadata": small(merged),
+            "task_id": _task_id(merged),
+        }
+        self._change(run_id, told | facts(metadata))
 
     def call(self, run_id: str, call: CallMade) -> None:
         """Store a call, and add it to the sums of its run."""
@@ -284,6 +293,10 @@ class Writer:
         """Add to the counters `accepted` and `duplicates`."""
         for name, value in counts.items():
             self._db.execute("UPDATE counters SET value = value + ? WHERE name = ?", (value, name))
+
+    def _change(self, run_id: str, row: dict[str, Any]) -> None:
+        names = ", ".join(f"{name} = ?" for name in row)
+        self._db.execute(f"UPDATE runs SET {names} WHERE run_id = ?", (*row.values(), run_id))
 
     def _insert(self, table: str, row: dict[str, Any]) -> None:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
