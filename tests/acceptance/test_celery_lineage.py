@@ -3,14 +3,17 @@ one trace, and each end says in words what it was."""
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
 import pytest
 from celery import Celery
 
-from tests.harness import Worker, await_, children_in, start_server
+from tests.harness import Worker, await_, children_in, environment, start_server
 
 APP = Path(__file__).parent / "celery_lineage"
 PREFORK = ("--pool", "prefork", "--concurrency", "4")
@@ -254,6 +257,27 @@ def test_beat_is_no_parent(make):
         assert run["metadata"]["wait_s"] >= 0
 
 
+def spans(when):
+    """Run the program with OpenTelemetry's Celery instrumentation; return what it prints."""
+    settings = environment(WAXELL_API_URL="http://127.0.0.1:9")
+    command = [sys.executable, "-W", "ignore", str(APP / "spans.py"), when]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_opentelemetry_s_own_instrumentation_sees_what_it_saw_before():
+    """With us, imported before it or after, each of its spans has the parent that it has without us; and each
+    of our runs is in the trace of the span that is around its task."""
+    pytest.importorskip("opentelemetry.instrumentation.celery")
+    expected = spans("none")
+    for when in ("before", "after"):
+        found = spans(when)
+        assert found["parents"] == expected["parents"], when
+        assert found["runs"] == found["executed"], when
+        assert len(found["runs"]) == 12
+
+
 # -- ends --------------------------------------------------------------------------------------
 
 
@@ -263,6 +287,7 @@ def test_beat_is_no_parent(make):
         ("dies", (), {}, "killed", "killed: signal 9, probably out of memory"),
         ("dies", (signal.SIGSEGV,), {}, "killed", "killed: signal 11 (SIGSEGV), a crash in native code"),
         ("exits", (3,), {}, "killed", "killed: the process ended with exit code 3"),
+        ("leaves", (3,), {}, "killed", "killed: the process ended with exit code 3"),
         ("hangs", (), {"time_limit": 1}, "killed", "killed: hard time limit of 1 s"),
         ("hangs", (), {"soft_time_limit": 1}, "error", "error: soft time limit of 1 s"),
         ("rejects", (False,), {}, "rejected", "rejected, dropped"),
@@ -319,3 +344,14 @@ def test_what_has_never_begun_is_told(make, pool):
         assert run["tags"] == {"k": "v"}
         assert (run["metadata"]["queue"], run["metadata"]["attempt"]) == (stage.worker.queue, attempt)
         assert "wait_s" not in run["metadata"]
+
+
+def test_a_greenlet_that_is_revoked_says_so(make):
+    """Where the task runs in the process that hears of its revocation, too."""
+    stage = make(*POOLS["gevent"])
+    task = stage.send("hangs")
+    noted = Path(stage.worker.settings["WITNESS"])
+    await_(lambda: noted.exists() and task in noted.read_text(), "beginning of the task")
+    stage.client.control.revoke(task, terminate=True)
+    [run] = stage.runs_of(task)
+    assert (run["status"], run["reason"]) == ("revoked", "revoked: terminated by SIGTERM while it ran")

@@ -332,7 +332,8 @@ def published():
     signals.after_task_publish.disconnect(note)
 
 
-def test_a_retry_names_its_attempt_and_keeps_its_parent(traced, published, records):
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_retry_names_its_attempt_and_keeps_its_parent(traced, published, records, protocol):
     """Even if it is sent inside a block of the user's; the user's headers go on as well."""
     own = {"enqueued_at": 1.0, "run": "r1", "root": "r0", "trace": "ab" * 16, "previous": "older"}
 
@@ -340,7 +341,9 @@ def test_a_retry_names_its_attempt_and_keeps_its_parent(traced, published, recor
         with WaxellContext("block"):
             raise self.retry(countdown=0)
 
-    traced(body, bind=True).execute({"waxell": own, "theirs": [1]})
+    task = traced(body, bind=True)
+    task.app.conf.task_protocol = protocol  # 1 has the id in the body
+    task.execute({"waxell": own, "theirs": [1]})
     [run, block] = records(RunStarted)
     [again] = published
     assert block.parent_run_id == run.run_id

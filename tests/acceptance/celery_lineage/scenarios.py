@@ -87,6 +87,11 @@ def exits(code):
     os._exit(code)
 
 
+@app.task(name="leaves")
+def leaves(code):
+    raise SystemExit(code)
+
+
 @app.task(name="hangs", bind=True)
 def hangs(self, seconds=60.0):
     witness.note("hangs", self.request.id)
