@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.faults.interrupting import sweep
@@ -112,7 +112,7 @@ MESSAGES = st.dictionaries(st.sampled_from(["waxell", "traceparent", "tracestate
 
 
 @given(MESSAGES)
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_nothing_that_comes_in_raises_or_runs_code(message: Header) -> None:
     """Given anything as our headers, each field is what it should be, or as if it were not there."""
     carried = lineage.incoming(message)
@@ -127,7 +127,7 @@ def test_nothing_that_comes_in_raises_or_runs_code(message: Header) -> None:
 
 
 @given(MESSAGES)
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_task_begins_whatever_its_message_says(configure: Any, message: Header) -> None:
     """Nor does the whole way of a task raise, down to the line in the journal; and it can enqueue."""
     configure(api_url="")
@@ -192,7 +192,9 @@ def plain(message: Header) -> None:
 
 
 @given(st.lists(st.tuples(KEYS, ANYTHING), max_size=5), ANYTHING, ANYTHING, st.dictionaries(KEYS, ANYTHING))
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([("\ud800", "\ud800"), ("k" * 300, 1), ("ü" * 200, 1)], "\ud800", 2**64, {})
+@example([("huge", 2**64), ("deep", [{"k" * 300: 1}])], 10**5000, "é" * 5000, {"n": math.nan})
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_whatever_a_run_has_what_it_sends_is_plain_and_bounded(
     configure: Any, tags: list[tuple[str, Any]], session: Any, user: Any, metadata: dict[str, Any]
 ) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from waxell_workers import WaxellContext, get_context
@@ -136,6 +136,7 @@ class Text(str):
     st.one_of(st.none(), st.text(), st.binary(), st.floats()),
 )
 @example(Text(header()), Text("a=1"))
+@settings(deadline=None)
 def test_nothing_is_raised_and_what_is_read_reads_the_same_again(parent: object, state: object) -> None:
     """Given anything as headers, then a place or none; and a place survives its own headers."""
     place = w3c.read(parent, state)

@@ -204,7 +204,7 @@ def _is_portable(plain: Any) -> bool:
 def _said_text(value: object) -> str:
     kind = type(value)
     is_text = kind is str or (kind is int and -_INTEGERS <= value < _INTEGERS)  # type: ignore[operator]
-    return key_text(str(value))[:_LONGEST] if is_text else ""
+    return str(reduce(str(value)[:_LONGEST])) if is_text else ""
 
 
 def _time(value: object) -> float | None:
