@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
-import os
-import pickle
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import redis
 import rq
 import rq.exceptions
 import rq.worker
 from rq.job import Job, JobStatus, Retry
 
+from . import _rq_reasons, _rq_spawn
 from .core import lineage, tasks, w3c
+from .core.collector import is_off
 from .core.encoding import reduce
-from .core.runs import get_context, state_of
+from .core.runs import Run, get_context, state_of
 
 if TYPE_CHECKING:
     _Worker = rq.worker.BaseWorker
@@ -46,6 +43,14 @@ _POOL_LOOKS_EVERY_S = 1.0
 _MAJOR = int(rq.__version__.partition(".")[0])
 _RETURNED_RETRIES = hasattr(rq.worker.BaseWorker, "handle_job_retry")
 """RQ 2.1 and later try a job again that has returned a `Retry`; before, that was a result like any other."""
+_OF_ONE_JOB = frozenset({"attempt", "eta", "previous", "repeat"})
+"""What our header says of one job's own story, and of no job that gets a copy of it."""
+_FOR_EVER = 1e11
+"""No Unix time in seconds that anybody means."""
+_MOST = 1 << 31
+_LONGEST = 200
+_LISTED = 100
+"""So many of the jobs that one has waited for are told."""
 _STOP_REQUESTED = getattr(rq.exceptions, "StopRequested", None) or getattr(rq.worker, "StopRequested")  # noqa: B009
 """What RQ's handler of a first SIGTERM raises while the worker is idle."""
 
@@ -53,25 +58,35 @@ _STOP_REQUESTED = getattr(rq.exceptions, "StopRequested", None) or getattr(rq.wo
 # -- enqueuing ---------------------------------------------------------------------------------
 
 
-def meta(existing: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def meta(existing: Mapping[str, Any] | None = None, *, schedule: str = "") -> dict[str, Any]:
     """Return what a job's `meta` should be, so that the job is shown as a child of the current run.
 
         queue.enqueue(charge, 42, meta=waxell_workers.rq.meta())
+        cron.register(clean, "default", cron="0 3 * * *", meta=waxell_workers.rq.meta(schedule="nightly"))
 
-    `Queue` does so by itself. Outside any run nothing is added.
+    `Queue` does so by itself. Outside any run nothing is added, unless another tracer is in a trace.
 
     Args:
         existing: what else the job's `meta` holds; it is left as it is.
+        schedule: the name of the schedule that enqueues the job, for RQ's cron and the like.
     """
     carried = dict(existing or {})
-    run = get_context()
-    if run is None or run.is_muted:
+    if lineage.HEADER in carried:  # copied from another job, or made for a thread
+        before = _plain(carried.pop(lineage.HEADER))
+        if get_context() is not None or lineage.origin.get() is None:
+            carried[lineage.HEADER] = {key: before[key] for key in before if key not in _OF_ONE_JOB}
+        else:
+            carried.pop(w3c.TRACEPARENT, None)
+            carried.pop(w3c.TRACESTATE, None)
+    added = lineage.outgoing(carried)
+    if not added:  # everything is switched off
         return carried
-    if (
-        carried.pop(lineage.HEADER, None) is not None
-    ):  # copied from another job, which had a parent of its own
-        carried.pop(w3c.TRACEPARENT, None)
-    return carried | lineage.outgoing(carried)
+    carried |= added
+    if schedule:
+        carried[lineage.HEADER]["schedule"] = schedule
+    if carried[lineage.HEADER].keys() == {"enqueued_at"}:  # RQ notes that, too
+        del carried[lineage.HEADER]
+    return carried
 
 
 class Queue(rq.Queue):
@@ -83,19 +98,20 @@ class Queue(rq.Queue):
     def create_job(self, *args: Any, **kwargs: Any) -> Job:
         """Make the job, for `enqueue`, `enqueue_call`, `enqueue_many`, `enqueue_at` and `enqueue_in`."""
         job = super().create_job(*args, **kwargs)
-        _set_meta(job, meta(job.meta))
+        if isinstance(job.meta, dict):
+            _set_meta(job, meta(job.meta))
         return job
 
     def enqueue_job(self, job: Job, *args: Any, **kwargs: Any) -> Job:
         """Enqueue a job that may have been made elsewhere."""
-        if lineage.HEADER not in job.meta:
-            _set_meta(job, meta(job.meta))
+        _connect(job)
         return super().enqueue_job(job, *args, **kwargs)
 
     def schedule_job(self, job: Job, datetime: datetime.datetime, *args: Any, **kwargs: Any) -> Job:
         """Schedule a job, and note for when: RQ forgets that when the time has come."""
-        own = {**_own(job), "eta": datetime.timestamp(), "enqueued_at": time.time()}
-        _set_meta(job, {**job.meta, lineage.HEADER: own})
+        _connect(job)
+        if not is_off():
+            _set_own(job, {**_own(job), "enqueued_at": time.time(), "eta": _due(datetime)})
         return super().schedule_job(job, datetime, *args, **kwargs)
 
     def run_sync(self, job: Job) -> Job:
@@ -111,7 +127,10 @@ class Queue(rq.Queue):
 
 
 class _Work:
-    """One attempt, in the process that executes it; known by its job, whose `perform` it takes over."""
+    """One attempt, in the process that executes it; known by its job, whose `perform` it takes over.
+
+    Made before RQ prepares the job, and says of it what was so then.
+    """
 
     def __init__(self, job: Job, worker: str, *, nested: bool = False, ends_process: bool = False) -> None:
         self._job = job
@@ -119,10 +138,16 @@ class _Work:
         self._worker = worker
         self._nested = nested
         self._attempt: tasks.Attempt | None = None
+        self.own = _own(job)
+        """What the job's `meta` has said of this attempt; RQ's own handlers make it say which is next."""
+        self._waited = _waited(job, self.own)
+        self.again = ""
+        """Which retry comes next, and when, in words."""
         self.abandoned = False
         """True if RQ has come to no end with the job, so that its status says nothing."""
         self._state = ""
         self._error: dict[str, str] = {}
+        self._reason = ""
         # On the object, not by a class: the job's class is the user's to choose.
         self._perform: Callable[[], Any] = job.perform
         setattr(job, _WORK, self)
@@ -143,18 +168,43 @@ class _Work:
             raise
 
     def _begin(self, marked: tasks.Options) -> None:
-        self._attempt = tasks.prepare(_describe(self._job, self._worker, nested=self._nested), marked)
+        self._attempt = tasks.prepare(self._describe(), marked)
         tasks.begin(self._attempt)
 
-    def failed(self, error: BaseException) -> None:
+    def _describe(self) -> tasks.Task:
+        job, own = self._job, self.own
+        enqueued_at, eta = self._waited
+        return tasks.Task(
+            framework=_FRAMEWORK,
+            name=_name(job),
+            task_id=job.id,
+            attempt=_number(own, "attempt", 1),
+            queue=job.origin or "",
+            worker=self._worker,
+            eta=eta,
+            message=_carried(job) | {lineage.HEADER: own | {"enqueued_at": enqueued_at}},
+            group_id=getattr(job, "group_id", None) or "",  # RQ 2.0 has it first
+            facts=_facts(job, own),
+            inputs=lambda: {"args": reduce(job.args), "kwargs": reduce(job.kwargs)},
+            nested=self._nested,
+        )
+
+    def run(self) -> Run | None:
+        """Return the attempt's run; begun here for a job that has failed before its function was known."""
+        if self._attempt is None:
+            self._begin(tasks.Options())
+        return None if self._attempt is None else self._attempt.run
+
+    def failed(self, error: BaseException, *, told_to_stop: bool = False) -> None:
         """Note why the job has failed, also where it failed before its function was known."""
         if self._state:
             return
-        if self._attempt is None:
-            self._begin(tasks.Options())
-        if self._attempt is not None:
-            self._error = self._attempt.run.describe(error)
-        self._state = state_of(error)
+        run = self.run()
+        if run is not None:
+            self._error = run.describe(error)
+        state = state_of(error)
+        self._reason = _rq_reasons.of_error(error, state, told_to_stop=told_to_stop)
+        self._state = state
 
     def end(self) -> None:
         """Close the run; where RQ's time limit is off, and the job's state is what RQ made of it."""
@@ -176,13 +226,14 @@ class _Work:
     def _end(self) -> tuple[str, dict[str, str]]:
         status = self._job.get_status(refresh=False)
         if self._state:
-            stays = self.abandoned or status in (JobStatus.FAILED, JobStatus.STOPPED)
-            return (self._state if stays else "retry"), self._error
+            if self.abandoned or status in (JobStatus.FAILED, JobStatus.STOPPED):
+                return self._state, {"reason": self._reason, **self._error}
+            return "retry", {"reason": self.again, **self._error}
         # A status says nothing about a success: a job that repeats is queued again.
         if not _RETURNED_RETRIES or not isinstance(self._job._result, Retry):
             return "success", {}
         if status != JobStatus.FAILED:
-            return "retry", {}
+            return "retry", {"reason": self.again}
         return "error", {"error_type": "Retry", "error_message": "no retry is left"}
 
 
@@ -209,7 +260,7 @@ class WorkerMixin(_Worker):
         try:
             return super().perform_job(job, queue, *args, **kwargs)
         except BaseException as error:  # Redis is gone, or a signal handler has raised
-            work.failed(error)
+            work.failed(error, told_to_stop=self._shutdown_requested_date is not None)
             work.abandoned = True
             raise
         finally:
@@ -219,23 +270,32 @@ class WorkerMixin(_Worker):
         """Note the exception, which lives here in every version, and here alone."""
         work = _work_of(job)
         if work is not None and isinstance(exc_info[1], BaseException):
-            work.failed(exc_info[1])
+            work.failed(exc_info[1], told_to_stop=self._shutdown_requested_date is not None)
         super().handle_exception(job, *exc_info)
 
     def handle_job_retry(self, job: Job, *args: Any, **kwargs: Any) -> None:
         """Retry a job that has returned a `Retry`, as RQ 2.1 and later do."""
-        _count(job)
+        retry, done = job._result, job.number_of_retries or 0
+        if isinstance(retry, Retry) and done < retry.max:
+            _count(job, done + 1, retry.max, Retry.get_interval(done, retry.intervals))
         super().handle_job_retry(job, *args, **kwargs)
+
+    def handle_job_success(self, job: Job, *args: Any, **kwargs: Any) -> None:
+        """Say of a job that RQ 2.2 and later repeat which repetition is next."""
+        if (getattr(job, "repeats_left", None) or 0) > 0:
+            _count_repetition(job)
+        super().handle_job_success(job, *args, **kwargs)
 
     # -- here, or in the process that looks after the work-horse
 
     def handle_job_failure(self, job: Job, *args: Any, **kwargs: Any) -> None:
         """Count the attempts, which RQ does not; say of a stopped job what has become of it."""
         if self._stopped_job_id != job.id:
-            if job.retries_left:
-                _count(job)
+            if job.retries_left and job.retries_left > 0:
+                done = _number(_own_of_attempt(job), "attempt", 1)
+                _count(job, done, done - 1 + job.retries_left, job.get_retry_interval())
         elif _work_of(job) is None:
-            tasks.task_lost(job.id, "stopped by request", "JobStopped")
+            tasks.task_lost(job.id, "stopped by user", "JobStopped")
         super().handle_job_failure(job, *args, **kwargs)
 
     # -- the worker's main process
@@ -266,12 +326,16 @@ class WorkerMixin(_Worker):
             super().execute_job(job, queue)
         except SystemExit:
             if self.horse_pid:
-                tasks.task_lost(job.id, "cold shutdown: the worker was told twice to stop", "ColdShutdown")
+                tasks.task_lost(job.id, "the worker was told twice to stop", "ColdShutdown")
             raise
 
     def handle_work_horse_killed(self, job: Job, retpid: Any, ret_val: Any, rusage: Any) -> None:
         """Say why a work-horse is gone."""
-        tasks.task_lost(job.id, _reason(job, ret_val), "WorkHorseKilled")
+        tasks.task_lost(
+            job.id,
+            _rq_reasons.of_work_horse(ret_val, job.timeout, _timestamp(job.started_at)),
+            "WorkHorseKilled",
+        )
         super().handle_work_horse_killed(job, retpid, ret_val, rusage)  # type: ignore[no-untyped-call]
 
 
@@ -294,7 +358,7 @@ if hasattr(rq.worker, "SpawnWorker"):  # RQ 2.2 has it first
             if _MAJOR > 2:
                 super().fork_work_horse(job, queue)
             else:
-                _spawn(self, job, queue)
+                _rq_spawn.spawn(self, job, queue, SpawnWorker)
 
 
 def _stopping(spent_s: float = 0.0) -> None:
@@ -306,109 +370,7 @@ def _stopping(spent_s: float = 0.0) -> None:
         pass
 
 
-# -- RQ 2's SpawnWorker ------------------------------------------------------------------------
-
-
-def _spawn(worker: rq.worker.BaseWorker, job: Job, queue: rq.Queue) -> None:
-    """Start a Python that performs the job, and remember it as the work-horse."""
-    assert worker.execution is not None
-    kind = type(worker) if _is_importable(type(worker)) else SpawnWorker
-    os.environ["RQ_WORKER_ID"] = worker.name
-    os.environ["RQ_JOB_ID"] = job.id
-    os.environ["RQ_EXECUTION_ID"] = worker.execution.id
-    order = {
-        "kind": kind,
-        "key": worker.key,
-        "serializer": getattr(worker, "_serializer_arg", None),
-        "redis": (worker.connection.connection_pool.connection_class, _connection_kwargs(worker.connection)),
-        "job": job.id,
-        "queue": queue.name,
-        "execution": worker.execution.id,
-    }
-    # By a pipe: Redis' password is in it, and a command line is for everybody to read.
-    reading, writing = os.pipe()
-    try:
-        os.set_inheritable(reading, True)
-        source = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from waxell_workers.rq import _be_work_horse; _be_work_horse({reading})"
-        )
-        command = [sys.executable, "-c", source]
-        worker._horse_pid = os.posix_spawn(sys.executable, command, os.environ, setpgroup=0)
-        os.write(writing, pickle.dumps(order))
-    finally:
-        os.close(reading)
-        os.close(writing)
-    worker.procline(f"Spawned {worker._horse_pid} at {time.time()}")  # type: ignore[no-untyped-call]
-
-
-def _be_work_horse(reading: int) -> None:
-    from rq.executions import Execution  # not in RQ 1
-
-    with os.fdopen(reading, "rb") as pipe:
-        order = pickle.load(pipe)
-    connection_class, kwargs = order["redis"]
-    pool = redis.ConnectionPool(connection_class=connection_class, **kwargs)
-    connection = redis.Redis(connection_pool=pool)
-    serializer = order["serializer"]
-    worker = order["kind"].find_by_key(order["key"], connection=connection, serializer=serializer)
-    if worker is None:
-        sys.exit(1)
-    job = Job.fetch(order["job"], connection=connection, serializer=worker.serializer)
-    queue = rq.Queue(order["queue"], connection=connection, serializer=worker.serializer)
-    worker.execution = Execution.fetch(order["execution"], job.id, connection=connection)
-    worker.main_work_horse(job, queue)
-
-
-def _is_importable(kind: type) -> bool:
-    if kind.__module__ == "__main__":
-        return False
-    try:
-        pickle.dumps(kind)
-    except (pickle.PicklingError, AttributeError):  # a class in a function
-        return False
-    return True
-
-
-def _connection_kwargs(connection: redis.Redis) -> dict[str, Any]:
-    """Return what another process needs to connect likewise, and can be told."""
-    clean = getattr(rq.connections, "get_connection_kwargs", None)  # RQ 2.7 and later know of redis-py 8
-    kwargs = clean(connection) if clean is not None else connection.connection_pool.connection_kwargs
-    return {name: value for name, value in kwargs.items() if _can_travel(value)}
-
-
-def _can_travel(value: object) -> bool:
-    if type(value) is object:  # a mark that is known by its identity
-        return False
-    try:
-        pickle.dumps(value)
-    except (pickle.PicklingError, TypeError, AttributeError):  # a lock in it, a lambda
-        return False
-    return True
-
-
 # -- translation -------------------------------------------------------------------------------
-
-
-def _describe(job: Job, worker: str, *, nested: bool) -> tasks.Task:
-    own = _own(job)
-    attempt = own.get("attempt", 1)
-    # RQ notes when it has put a job into the queue, again for each attempt; one that was scheduled has waited
-    # since it was due.
-    enqueued_at = own.get("enqueued_at") if own.get("eta") and attempt == 1 else _timestamp(job.enqueued_at)
-    return tasks.Task(
-        framework=_FRAMEWORK,
-        name=_name(job),
-        task_id=job.id,
-        attempt=attempt,
-        queue=job.origin or "",
-        worker=worker,
-        eta=own.get("eta"),
-        message={**job.meta, lineage.HEADER: {**own, "enqueued_at": enqueued_at}},
-        group_id=getattr(job, "group_id", None) or "",  # RQ 2.0 has it first
-        inputs=lambda: {"args": reduce(job.args), "kwargs": reduce(job.kwargs)},
-        nested=nested,
-    )
 
 
 def _name(job: Job) -> str:
@@ -418,16 +380,105 @@ def _name(job: Job) -> str:
         return "unknown"
 
 
+def _facts(job: Job, own: Mapping[str, Any]) -> dict[str, Any]:
+    waited_for = [each for each in getattr(job, "_dependency_ids", None) or () if type(each) is str]
+    schedule = own.get("schedule")
+    return {
+        "depends_on": waited_for[:_LISTED] or None,
+        "schedule": schedule[:_LONGEST] if type(schedule) is str else None,
+        "repeat": None if getattr(job, "repeats_left", None) is None else _number(own, "repeat", 0),
+    }
+
+
+def _waited(job: Job, own: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Return when a job was enqueued, and when it was due if that was later.
+
+    RQ itself notes when a job has come into its queue, each time: for one that waits for others when they had
+    ended, for one that was scheduled some time after it was due. What we have noted of that counts, unless it
+    is of an earlier time, because the job was requeued since.
+    """
+    enqueued_at, eta = _time(own.get("enqueued_at")), _time(own.get("eta"))
+    if enqueued_at is None or eta is None:
+        return _timestamp(job.enqueued_at), None
+    began = _timestamp(job.started_at)
+    if job.worker_name and (began is None or enqueued_at < began):
+        return _timestamp(job.enqueued_at), None
+    return enqueued_at, eta
+
+
+# -- what travels ------------------------------------------------------------------------------
+
+
+def _plain(header: object) -> dict[str, Any]:
+    # By its type alone: of an object that was pickled into it, every question is the user's code.
+    return header if type(header) is dict else {}
+
+
+def _carried(job: Job) -> dict[str, Any]:
+    return dict(job.meta) if isinstance(job.meta, dict) else {}
+
+
 def _own(job: Job) -> dict[str, Any]:
-    own = job.meta.get(lineage.HEADER) if isinstance(job.meta, dict) else None
-    return dict(own) if isinstance(own, Mapping) else {}
+    return dict(_plain(_carried(job).get(lineage.HEADER)))
 
 
-def _count(job: Job) -> None:
-    """Have a job's `meta` say which attempt is next; RQ writes it down as it enqueues the job again."""
-    own = _own(job)
-    own["attempt"] = own.get("attempt", 1) + 1
-    _set_meta(job, {**job.meta, lineage.HEADER: own})
+def _own_of_attempt(job: Job) -> dict[str, Any]:
+    work = _work_of(job)
+    return _own(job) if work is None else work.own
+
+
+def _connect(job: Job) -> None:
+    """Have a job that was made elsewhere say by which run it is enqueued, unless it does."""
+    if _own(job) or not isinstance(job.meta, dict):
+        return
+    run = get_context()
+    if run is not None and run.task_id == job.id:  # it enqueues itself
+        _set_meta(job, job.meta | lineage.outgoing(job.meta, again=True))
+    else:
+        _set_meta(job, meta(job.meta))
+
+
+def _count(job: Job, retry: int, of: int, interval_s: float) -> None:
+    """Have a job's `meta` say which attempt is next, after which run, and when it is due.
+
+    RQ writes it down as it enqueues the job again.
+    """
+    if is_off():
+        return
+    before, added = _own_of_attempt(job), {}
+    work = _work_of(job)
+    if work is not None:
+        work.again = _rq_reasons.of_retry(retry, of, interval_s)
+        if work.run() is get_context():
+            added = lineage.outgoing(_carried(job) | {lineage.HEADER: before}, again=True)
+    attempt = _number(before, "attempt", 1) + 1
+    own = {key: before[key] for key in before if key not in ("eta", "previous")}
+    own |= {**added.pop(lineage.HEADER, {}), "attempt": attempt}
+    _set_own(job, _in(own, interval_s), added)
+
+
+def _count_repetition(job: Job) -> None:
+    """Have a job's `meta` say which repetition is next, and when it is due."""
+    if is_off():
+        return
+    before = _own_of_attempt(job)
+    intervals = job.repeat_intervals or [0]
+    # RQ 3 takes the first and leaves the others; RQ 2 counts them from the end.
+    interval_s = intervals[0] if _MAJOR > 2 else intervals[min(job.repeats_left or 1, len(intervals)) - 1]
+    own = {key: before[key] for key in before if key not in _OF_ONE_JOB}
+    _set_own(job, _in({**own, "repeat": _number(before, "repeat", 0) + 1}, interval_s))
+
+
+def _in(own: dict[str, Any], interval_s: float) -> dict[str, Any]:
+    now = time.time()
+    own = {**own, "enqueued_at": now}
+    own.pop("eta", None)
+    return {**own, "eta": now + interval_s} if interval_s else own
+
+
+def _set_own(job: Job, own: dict[str, Any], more: Mapping[str, Any] | None = None) -> None:
+    if isinstance(job.meta, dict):
+        _set_meta(job, {**job.meta, **(more or {}), lineage.HEADER: own})
 
 
 def _set_meta(job: Job, changed: dict[str, Any]) -> None:
@@ -436,24 +487,25 @@ def _set_meta(job: Job, changed: dict[str, Any]) -> None:
         job.meta = changed
 
 
+def _number(own: Mapping[str, Any], key: str, least: int) -> int:
+    value = own.get(key)
+    return value if type(value) is int and least <= value < _MOST else least
+
+
+def _time(value: object) -> float | None:
+    # By its type alone, as above.
+    return float(value) if (type(value) is float or type(value) is int) and 0 <= value < _FOR_EVER else None
+
+
+def _due(moment: datetime.datetime) -> float | None:
+    try:
+        return moment.timestamp()  # as RQ has it, a naive one is of this machine's zone
+    except (OverflowError, ValueError, OSError):  # at the end of times
+        return None
+
+
 def _timestamp(moment: datetime.datetime | None) -> float | None:
     if moment is None:
         return None
     # RQ 1's are naive, in UTC.
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
-
-
-def _reason(job: Job, ret_val: int | None) -> str:
-    if ret_val is None:  # RQ 1.16 to 3.0 do not keep it when they kill a work-horse that hangs
-        return f"killed by RQ: it went on for more than 60 s after its time limit of {job.timeout} s"
-    if os.WIFSIGNALED(ret_val):
-        number = os.WTERMSIG(ret_val)
-        return f"killed by signal {number} ({_signal_name(number)})"
-    return f"the work-horse ended with status {os.waitstatus_to_exitcode(ret_val)}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return "unknown"

@@ -99,7 +99,8 @@ def test_a_job_that_is_stopped_says_so(make_rq_worker, server):
     worker.wait_noted("body")
     send_stop_job_command(Redis.from_url(worker.site.broker_url), job_id)
     run = await_run(server, "stopped")
-    assert (run["status"], run["error"]) == ("killed", "JobStopped: stopped by request")
+    assert (run["status"], run["error"]) == ("killed", "JobStopped: stopped by user")
+    assert run["reason"] == "killed: stopped by user"
     await_(lambda: fetch(worker, job_id).get_status() == "stopped", "job that RQ calls stopped")
     worker.send("ask", "next")
     assert await_run(server, "next")["status"] == "success"
@@ -118,8 +119,8 @@ def test_a_second_sigterm_is_the_reason(make_rq_worker, server):
     worker.signal(signal.SIGTERM)
     worker.wait_ended()
     run = await_run(server, "cold")
-    assert run["status"] == "killed"
-    assert run["error"].startswith("ColdShutdown: cold shutdown")
+    assert (run["status"], run["error"]) == ("killed", "ColdShutdown: the worker was told twice to stop")
+    assert run["reason"] == "killed: the worker was told twice to stop"
 
 
 def test_a_pool_is_several_workers(make_rq_worker, server):

@@ -6,27 +6,35 @@ Real workers are in `tests/acceptance`, and in the conformance suite.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import rq
+import rq.registry
+import rq.scheduler
 from redis import Redis
-from rq.job import Job, JobStatus, Retry
+from rq.job import Callback, Job, JobStatus, Retry
 from rq.timeouts import BaseDeathPenalty, JobTimeoutException
 
 import waxell_workers.rq as adapter
 from waxell_workers import WaxellContext, get_context, options
 from waxell_workers.core import collector as collecting
+from waxell_workers.core import lineage
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted, TaskLost
 from waxell_workers.testing.conformance.stage import children_in, start_valkey
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:rq")  # RQ 1.16 uses what it deprecates
 PACKAGE = str(Path(adapter.__file__).parent)
 RETURNS_RETRIES = hasattr(rq.worker.BaseWorker, "handle_job_retry")
+HAS_CRON = importlib.util.find_spec("rq.cron") is not None
+ABANDONED = "{0}" if rq.__version__ < "2" else "{0}:an-execution"
+"""How RQ names an execution among those that are under way."""
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +120,37 @@ def be_interrupted():
 
 def return_a_retry():
     return Retry(max=1)
+
+
+def return_a_late_retry():
+    return Retry(max=2, interval=20)
+
+
+@options(propagate="link")
+def linked():
+    pass
+
+
+@options(propagate="none")
+def unconnected():
+    pass
+
+
+def enqueue_another():
+    job = rq.get_current_job()
+    if job.retries_left:
+        raise KeyError("gone")
+    adapter.Queue(job.origin, connection=job.connection).enqueue(succeed)
+
+
+def enqueue_itself(name):
+    job = rq.get_current_job()
+    if not job.meta.get("waxell"):
+        adapter.Queue(name, connection=job.connection).enqueue_job(job)
+
+
+def leave_without_a_word():
+    raise SystemExit
 
 
 def never_twice():
@@ -364,20 +403,27 @@ def test_a_time_limit_that_surfaces_in_our_code_is_the_job_s(redis, queue, recor
 
 
 @pytest.mark.parametrize(
-    ("ret_val", "reason"),
+    ("ret_val", "began_s_ago", "reason"),
     [
-        (9, "killed by signal 9 (SIGKILL)"),
-        (3 << 8, "the work-horse ended with status 3"),
-        (None, "killed by RQ: it went on for more than 60 s after its time limit of 180 s"),
+        (9, 1, "signal 9, probably out of memory"),
+        (11, 1, "signal 11 (SIGSEGV), a crash in native code"),
+        (6 | 0x80, 1, "signal 6 (SIGABRT), a crash in native code"),  # with a core dump
+        (15, 1, "signal 15 (SIGTERM)"),
+        (40, 1, "signal 40 (unknown)"),
+        (3 << 8, 1, "the work-horse ended with status 3"),
+        (None, 241, "60 s past its time limit of 180 s"),
+        (None, 1, "the work-horse is gone, and nobody has kept its status"),
     ],
 )
-def test_a_killed_work_horse_has_a_reason(redis, queue, records, ret_val, reason):
+def test_a_killed_work_horse_has_a_reason(redis, queue, records, ret_val, began_s_ago, reason):
     """The worker says why a work-horse is gone, and RQ's own handler is called as ever."""
     called = []
     worker = adapter.Worker(
         ["q"], connection=redis, work_horse_killed_handler=lambda *args: called.append(args)
     )
     job = queue.enqueue(succeed)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    job.started_at = now - datetime.timedelta(seconds=began_s_ago)
     worker.handle_work_horse_killed(job, 1, ret_val, None)
     [lost] = records(TaskLost)
     assert (lost.task_id, lost.reason, lost.error_type) == (job.id, reason, "WorkHorseKilled")
@@ -411,7 +457,7 @@ def test_a_job_carries_its_lineage(redis, queue, records, way):
     with WaxellContext("web") as run:
         job = WAYS[way](queue)
     stored = Job.fetch(job.id, connection=redis).meta
-    assert stored["waxell"]["parent"] == run.run_id
+    assert stored["waxell"]["run"] == run.run_id
     assert stored["traceparent"].split("-")[1] == run.trace_id
 
 
@@ -440,7 +486,7 @@ def test_a_meta_that_is_used_again_is_left_alone(queue, records):
     assert own == {"own": 1}
     with WaxellContext("second") as second:
         job = queue.enqueue(succeed, meta=first.meta)
-    assert (job.meta["waxell"]["parent"], job.meta["own"]) == (second.run_id, 1)
+    assert (job.meta["waxell"]["run"], job.meta["own"]) == (second.run_id, 1)
     assert job.meta["traceparent"].split("-")[1] == second.trace_id
 
 
@@ -450,7 +496,7 @@ def test_the_helper_is_for_queues_of_other_classes(redis, records):
         job = rq.Queue("q", connection=redis).enqueue(
             succeed, meta=adapter.meta({"traceparent": "theirs", "own": 1})
         )
-    assert job.meta["waxell"]["parent"] == run.run_id
+    assert job.meta["waxell"]["run"] == run.run_id
     assert (job.meta["traceparent"], job.meta["own"]) == ("theirs", 1)
     assert adapter.meta({"own": 1}) == {"own": 1}
 
@@ -484,6 +530,458 @@ def test_a_queue_without_a_worker_makes_runs_of_its_jobs(redis, records):
     assert ended[started[good.id].run_id].state == "success"
     failed = ended[started[bad.id].run_id]
     assert (failed.state, failed.error_type, failed.error_message) == ("error", "ValueError", "no")
+
+
+# -- attempts, waits, repetitions --------------------------------------------------------------
+
+
+def started_by_attempt(records):
+    return {record.metadata["attempt"]: record for record in records(RunStarted) if record.task_id}
+
+
+def make_due(redis):
+    """Have everything that is scheduled be due, and put it into its queue, as RQ's scheduler does."""
+    registry = rq.registry.ScheduledJobRegistry("q", connection=redis)
+    for job_id in redis.zrange(registry.key, 0, -1):
+        redis.zadd(registry.key, {job_id: time.time() - 1})
+    scheduler = rq.scheduler.RQScheduler(["q"], redis)
+    scheduler.acquire_locks()
+    scheduler.enqueue_scheduled_jobs()
+    scheduler.release_locks()
+
+
+@pytest.mark.parametrize("kind", [adapter.Queue, rq.Queue])
+@pytest.mark.parametrize("in_a_run", [True, False])
+def test_an_attempt_knows_the_one_before(redis, records, kind, in_a_run):
+    """Each retry names the run of the attempt before, keeps its first parent, and is of the same trace; so is
+    a root's."""
+    queue = kind("q", connection=redis)
+    if in_a_run:
+        with WaxellContext("web") as web:
+            queue.enqueue(fail, retry=Retry(max=2), meta=adapter.meta())
+    else:
+        queue.enqueue(fail, retry=Retry(max=2))
+    work(redis)
+    runs = started_by_attempt(records)
+    assert sorted(runs) == [1, 2, 3]
+    assert "previous_run_id" not in runs[1].metadata
+    assert runs[2].metadata["previous_run_id"] == runs[1].run_id
+    assert runs[3].metadata["previous_run_id"] == runs[2].run_id
+    assert {run.parent_run_id for run in runs.values()} == {web.run_id if in_a_run else ""}
+    assert {run.root_run_id for run in runs.values()} == {web.run_id if in_a_run else runs[1].run_id}
+    assert len({run.trace_id for run in runs.values()}) == 1
+
+
+def test_retries_say_which_and_when(redis, queue, records):
+    """A run that will be tried again says which retry comes, of how many, and in how many seconds; the last
+    says nothing but its error."""
+    queue.enqueue(fail, retry=Retry(max=2, interval=[30, 0]))
+    work(redis)
+    make_due(redis)
+    work(redis)
+    assert [end.reason for end in records(RunEnded)] == ["retry: 1 of 2 in 30 s", "retry: 2 of 2", ""]
+
+
+@pytest.mark.parametrize("kind", [adapter.Queue, rq.Queue])
+def test_a_retry_has_waited_since_it_was_due(redis, records, kind):
+    """What waits for its interval has not waited, and was due when that is over; also where the worker's
+    own queues are RQ's. The next, at once, has no such time."""
+    queue = kind("q", connection=redis)
+    queue.enqueue(fail, retry=Retry(max=2, interval=[30, 0]))
+    work(redis)
+    failed_at = records(RunEnded)[0].at
+    make_due(redis)
+    work(redis)
+    second, third = (started_by_attempt(records)[number].metadata for number in (2, 3))
+    assert second["eta"] == pytest.approx(failed_at + 30, abs=5)
+    assert second["enqueued_at"] == pytest.approx(failed_at, abs=5)
+    assert second["wait_s"] == 0, "this test did not wait for the interval"
+    assert "eta" not in third
+    assert third["enqueued_at"] >= second["enqueued_at"]
+
+
+def test_what_is_requeued_waits_from_then(redis, queue, records):
+    """A job that somebody requeues long after it has failed was not due when it was scheduled first."""
+    due = time.time() - 100
+    job = queue.enqueue_at(datetime.datetime.fromtimestamp(due), fail)
+    make_due(redis)
+    work(redis)
+    job.refresh()
+    job.requeue()
+    work(redis)
+    first, second = records(RunStarted)
+    assert first.metadata["eta"] == pytest.approx(due, abs=0.01)
+    assert "eta" not in second.metadata
+    assert second.metadata["enqueued_at"] > due + 50
+    assert second.metadata["wait_s"] < 60
+
+
+@pytest.mark.skipif(not RETURNS_RETRIES, reason="RQ 2.1 has it first")
+def test_a_returned_retry_says_when(redis, queue, records):
+    """A job that returns a `Retry` says which, of how many, and when; the next attempt knows it."""
+    queue.enqueue(return_a_late_retry)
+    work(redis)
+    make_due(redis)
+    work(redis)
+    assert [end.reason for end in records(RunEnded)] == ["retry: 1 of 2 in 20 s", "retry: 2 of 2 in 20 s"]
+    first, second = started_by_attempt(records).values()
+    assert second.metadata["previous_run_id"] == first.run_id
+    assert second.metadata["eta"] == pytest.approx(records(RunEnded)[0].at + 20, abs=5)
+
+
+@pytest.mark.skipif(not hasattr(rq, "Repeat"), reason="RQ 2.2 has it first")
+@pytest.mark.parametrize("kind", [adapter.Queue, rq.Queue])
+def test_repetitions_are_numbered_and_each_begins_at_its_first_attempt(redis, records, kind):
+    """A job that repeats keeps its id and its parent: `repeat` counts from 0, attempts from 1 each time, and
+    what comes after an interval is due then."""
+    queue = kind("q", connection=redis)
+    repeat = rq.Repeat(times=2, interval=[40, 50])
+    with WaxellContext("web") as web:
+        job = queue.enqueue(never_twice, meta=adapter.meta({"own": 1}), retry=Retry(max=1), repeat=repeat)
+    work(redis)
+    for _ in range(2):
+        make_due(redis)
+        work(redis)
+    runs = [record for record in records(RunStarted) if record.task_id]
+    told = [(run.metadata["repeat"], run.metadata["attempt"]) for run in runs]
+    assert told == [(0, 1), (0, 2), (1, 1), (2, 1)]
+    assert {run.parent_run_id for run in runs} == {web.run_id}
+    ends = [end.at for end in records(RunEnded) if end.run_id != web.run_id]
+    intervals = [run.metadata["eta"] - end for run, end in zip(runs[2:], ends[1:], strict=False)]
+    expected = [40, 50] if rq.__version__ >= "3" else [50, 40]  # RQ 2 takes them from the end
+    assert intervals == pytest.approx(expected, abs=5)
+    assert [run.metadata.get("previous_run_id") for run in runs] == [None, runs[0].run_id, None, None]
+    job.refresh()
+    assert job.meta["own"] == 1
+
+
+def test_a_job_that_depends_waits_from_when_it_was_ready(redis, queue, records):
+    """It is a child of the run that made it, names the jobs that it waited for, and its wait begins when
+    they had ended."""
+    with WaxellContext("web") as web:
+        first = queue.enqueue(succeed)
+        second = queue.enqueue(succeed, depends_on=first)
+        third = queue.enqueue(call, depends_on=[first, second])
+    made_at = time.time()
+    assert third.get_status() == JobStatus.DEFERRED
+    work(redis)
+    runs = {record.task_id: record for record in records(RunStarted)}
+    ended = {record.run_id: record.at for record in records(RunEnded)}
+    last = runs[third.id]
+    assert last.parent_run_id == web.run_id
+    assert last.metadata["depends_on"] == [first.id, second.id]
+    assert "depends_on" not in runs[first.id].metadata
+    assert last.metadata["enqueued_at"] >= made_at
+    # RQ puts it into the queue as it ends the second: a moment before that run's end.
+    assert last.metadata["enqueued_at"] == pytest.approx(ended[runs[second.id].run_id], abs=1)
+    assert last.metadata["wait_s"] <= last.at - made_at
+
+
+def test_a_clock_that_is_ahead_is_no_negative_wait(redis, queue, records):
+    """A job that comes from a clock ahead of ours has waited for 0 s, and the skew is told."""
+    job = queue.enqueue(succeed)
+    job.enqueued_at += datetime.timedelta(seconds=50)
+    job.save()
+    work(redis)
+    [started] = records(RunStarted)
+    assert started.metadata["wait_s"] == 0
+    assert started.metadata["clock_skew_s"] == pytest.approx(50, abs=20)
+
+
+# -- whom it is for ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "function", "mode"),
+    [
+        ("parent", "call", "parent"),
+        ("link", "call", "link"),
+        ("none", "call", "none"),
+        ("parent", "linked", "link"),
+        ("parent", "unconnected", "none"),
+    ],
+)
+def test_how_a_job_is_connected_is_a_choice(redis, queue, records, monkeypatch, setting, function, mode):
+    """`propagate`, globally where a job is enqueued, or by `@options` on its function."""
+    settings = dataclasses.replace(collecting.current().settings, propagate=setting)
+    monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
+    with WaxellContext("web", session_id="s-1") as web:
+        job = queue.enqueue(globals()[function])
+    if setting == "none":
+        assert job.meta["waxell"].keys() == {"enqueued_at", "mode"}
+    work(redis)
+    [child] = [record for record in records(RunStarted) if record.task_id]
+    assert child.parent_run_id == (web.run_id if mode == "parent" else "")
+    assert (child.trace_id == web.trace_id) == (mode == "parent")
+    assert child.metadata.get("linked_run_id") == (web.run_id if mode == "link" else None)
+    assert child.session_id == ("" if mode == "none" else "s-1")
+    assert child.metadata["wait_s"] >= 0
+
+
+def test_what_is_known_of_whom_it_is_for_travels(redis, queue, records):
+    """Session, user, group, tags and metadata of the run that enqueues are the job's, at each attempt, and
+    its children's."""
+    about = {"session_id": "s-1", "user_id": "u-1", "user_group": "g-1", "metadata": {"tenant": "acme"}}
+    with WaxellContext("web", **about) as web:
+        web.set_tag("plan", "pro")
+        queue.enqueue(enqueue_another, retry=Retry(max=1))
+    work(redis)
+    runs = [record for record in records(RunStarted) if record.task_id]
+    assert [run.metadata["task"].rpartition(".")[2] for run in runs] == ["enqueue_another"] * 2 + ["succeed"]
+    for run in runs:
+        assert (run.session_id, run.user_id, run.user_group) == ("s-1", "u-1", "g-1")
+        assert (run.tags, run.ambient) == ({"plan": "pro"}, {"tenant": "acme"})
+    assert runs[2].parent_run_id == runs[1].run_id
+
+
+def test_a_web_request_becomes_a_run_when_it_enqueues(redis, queue, records, monkeypatch):
+    """Where no run is current, who could make one is asked; also if `meta` is a copy of another job's."""
+    with WaxellContext("first"):
+        other = queue.enqueue(succeed)
+    web = WaxellContext("request")
+    token = lineage.origin.set(lambda: web.__enter__())
+    try:
+        job = queue.enqueue(succeed, meta=other.meta)
+    finally:
+        lineage.origin.reset(token)
+        web.__exit__(None, None, None)
+    assert job.meta["waxell"]["run"] == web.run_id
+    assert job.meta["traceparent"].split("-")[1] == web.trace_id
+
+
+def test_a_meta_that_was_made_for_a_thread_counts_there(redis, queue, records):
+    """What `meta()` has said inside the run still says it outside, where `Queue` itself knows of no run; what
+    was one job's story is not copied."""
+    with WaxellContext("web") as web:
+        made = adapter.meta()
+    made["waxell"] |= {"attempt": 7, "eta": 1.0, "previous": "p", "repeat": 3}
+    job = queue.enqueue(succeed, meta=made)
+    assert job.meta["waxell"]["run"] == web.run_id
+    assert not {"attempt", "eta", "previous", "repeat"} & job.meta["waxell"].keys()
+
+
+def test_a_job_that_enqueues_itself_is_no_child_of_itself(redis, queue, records):
+    """A job that puts itself into the queue once more keeps its parent, which is none here."""
+    queue.enqueue(enqueue_itself, queue.name)
+    work(redis)
+    first, second = records(RunStarted)
+    assert (first.parent_run_id, second.parent_run_id) == ("", "")
+    assert (second.task_id, second.root_run_id) == (first.task_id, first.run_id)
+
+
+def test_a_schedule_has_a_name(redis, records):
+    """`meta(schedule=…)` names the schedule by which a job comes, in any queue, also RQ's cron's."""
+    rq.Queue("q", connection=redis).enqueue(succeed, meta=adapter.meta(schedule="nightly"))
+    work(redis)
+    [started] = records(RunStarted)
+    assert (started.metadata["schedule"], started.parent_run_id) == ("nightly", "")
+
+
+@pytest.mark.skipif(not HAS_CRON, reason="RQ 2.4 has it first")
+def test_jobs_of_rq_s_cron_are_roots(redis, records):
+    """RQ's cron takes queues of its own class: its jobs have no parent, and a name if they are given one."""
+    import rq.cron
+
+    cron = rq.cron.CronScheduler(connection=redis)
+    cron.register(succeed, "q", interval=60, meta=adapter.meta(schedule="nightly"))
+    cron.register(call, "q", interval=60)
+    with WaxellContext("around"):
+        cron.enqueue_jobs()
+    work(redis)
+    runs = [record for record in records(RunStarted) if record.task_id]
+    assert {run.parent_run_id for run in runs} == {""}
+    assert [run.metadata.get("schedule") for run in runs] == ["nightly", None]
+    assert all(run.metadata["wait_s"] < 60 for run in runs)
+
+
+# -- callbacks ---------------------------------------------------------------------------------
+
+
+def on_success(job, connection, result):
+    get_context().record_llm_call(model="success")
+
+
+def on_failure(job, connection, *error):
+    get_context().record_llm_call(model="failure")
+
+
+def be_late(job, connection, *error):
+    raise JobTimeoutException("Task exceeded maximum timeout value (5 seconds)")
+
+
+@pytest.mark.parametrize(("job", "model"), [(succeed, "success"), (fail, "failure")])
+@pytest.mark.parametrize("is_async", [True, False])
+def test_callbacks_are_part_of_the_run(redis, records, job, model, is_async):
+    """What a job's callbacks call belongs to its run, which is still open; without a worker, too."""
+    queue = adapter.Queue("q", connection=redis, is_async=is_async)
+    queue.enqueue(job, on_success=Callback(on_success), on_failure=Callback(on_failure))
+    work(redis)
+    [started] = records(RunStarted)
+    assert [(made.run_id, made.model) for made in records(LLMCall)] == [(started.run_id, model)]
+
+
+# -- reasons -----------------------------------------------------------------------------------
+
+
+def be_limited():
+    raise JobTimeoutException("Task exceeded maximum timeout value (7 seconds)")
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        (succeed, ""),
+        (fail, ""),
+        (be_interrupted, ""),  # the words are the user's
+        (be_limited, "time limit of 7 s"),
+        (leave, "interrupted: SystemExit went through the job"),
+    ],
+)
+def test_a_reason_where_no_error_says_it(redis, queue, records, job, reason):
+    """A time limit names its seconds; what goes through a job is named; an error speaks for itself."""
+    queue.enqueue(job)
+    work(redis)
+    assert [end.reason for end in records(RunEnded)] == [reason]
+
+
+def test_a_callback_s_time_limit_is_its_own(redis, queue, records):
+    """A callback that is late fails the job, by its own limit and not by the job's."""
+    queue.enqueue(succeed, job_timeout=100, on_success=Callback(be_late))
+    work(redis)
+    [end] = records(RunEnded)
+    assert (end.state, end.reason) == ("error", "time limit of 5 s")
+
+
+def test_a_second_sigterm_in_a_simple_worker_is_the_reason(redis, queue, records):
+    """What RQ's handler of a second SIGTERM raises is RQ's doing, and the run says so."""
+    worker = adapter.SimpleWorker(["q"], connection=redis)
+    worker._shutdown_requested_date = datetime.datetime.now(datetime.timezone.utc)
+    for job in (leave_without_a_word, leave):
+        worker.execute_job(queue.enqueue(job), queue)
+    assert [end.reason for end in records(RunEnded)] == [
+        "interrupted: the worker was told twice to stop",
+        "interrupted: SystemExit went through the job",
+    ]
+
+
+def test_a_dead_work_horse_s_job_is_tried_again(redis, queue, records):
+    """RQ tries such a job again where a retry is left: its attempt counts, though no run is known here."""
+    worker = adapter.Worker(["q"], connection=redis)
+    with WaxellContext("web") as web:
+        queue.enqueue(fail, retry=Retry(max=2))
+    work(redis)
+    with WaxellContext("around the worker"):
+        job = queue.enqueue(fail, retry=Retry(max=1), meta={"waxell": {"run": web.run_id, "previous": "p"}})
+        worker.handle_job_failure(job, queue, exc_string="gone")
+    stored = Job.fetch(job.id, connection=redis)
+    assert stored.meta["waxell"]["attempt"] == 2
+    assert "previous" not in stored.meta["waxell"]
+
+
+def test_an_abandoned_job_s_next_run_is_of_the_same_attempt(redis, queue, records):
+    """A job whose worker has died is put back by another's clean-up, which nobody can follow: the next run
+    is the attempt once more, and waits from then."""
+    with WaxellContext("web") as web:
+        job = queue.enqueue_in(datetime.timedelta(seconds=-100), call, retry=Retry(max=2))
+    make_due(redis)
+    redis.lpop(queue.key)
+    job.refresh()
+    with redis.pipeline() as pipeline:
+        job.prepare_for_execution("dead-worker", pipeline)
+        pipeline.execute()
+    registry = queue.started_job_registry
+    redis.zadd(registry.key, {ABANDONED.format(job.id): 1})
+    registry.cleanup()
+    work(redis)
+    [started] = [record for record in records(RunStarted) if record.task_id]
+    assert (started.metadata["attempt"], started.parent_run_id) == (1, web.run_id)
+    assert "eta" not in started.metadata
+    assert started.metadata["wait_s"] < 60
+
+
+# -- what is foreign or broken -----------------------------------------------------------------
+
+FOREIGN = [
+    "text",
+    ["list"],
+    7,
+    None,
+    {1: 2},
+    {"attempt": "two", "eta": "soon", "enqueued_at": [], "repeat": {}, "schedule": 7, "previous": 1},
+    {"attempt": -1, "eta": float("nan"), "enqueued_at": float("inf"), "run": "\x00", "trace": 9},
+    {"attempt": True, "eta": 1e300, "enqueued_at": -1.0, "tags": [], "metadata": "x", "session": b"y"},
+    {"attempt": 1 << 80, "eta": -1, "enqueued_at": 1.0, "repeat": 1 << 80},
+]
+
+
+@pytest.mark.parametrize("header", FOREIGN, ids=repr)
+def test_a_foreign_header_is_never_fatal(redis, records, header):
+    """Whatever stands under our key, the job runs, is tried again, and is a run with a number each time."""
+    job = rq.Queue("q", connection=redis).enqueue(
+        fail, retry=Retry(max=1), meta={"waxell": header, "traceparent": header, "own": 1}
+    )
+    work(redis)
+    assert {end.state for end in records(RunEnded)} == {"retry", "error"}
+    assert sorted(started_by_attempt(records)) == [1, 2]
+    job.refresh()
+    assert job.meta["own"] == 1
+
+
+@pytest.mark.parametrize("header", FOREIGN, ids=repr)
+@pytest.mark.parametrize("in_a_run", [True, False])
+def test_a_foreign_header_is_never_fatal_where_one_enqueues(redis, queue, records, header, in_a_run):
+    """Nor does it keep anybody from enqueuing."""
+    with WaxellContext("web") if in_a_run else contextlib.nullcontext():
+        queue.enqueue(succeed, meta={"waxell": header})
+        queue.enqueue_in(datetime.timedelta(seconds=-1), succeed, meta={"waxell": header})
+    make_due(redis)
+    work(redis)
+    assert [end.state for end in records(RunEnded) if end.run_id in _ids(records)] == ["success"] * 2
+
+
+def _ids(records):
+    return {record.run_id for record in records(RunStarted) if record.task_id}
+
+
+@pytest.mark.parametrize("foreign", ["text", ["a", "list"]])
+def test_a_meta_that_is_no_dict_is_left_alone(redis, queue, records, foreign):
+    """RQ takes more than a dict as `meta`; that stays as it is, and the job runs."""
+    with WaxellContext("web"):
+        job = queue.enqueue(never_twice, meta=foreign, retry=Retry(max=1))
+        queue.enqueue_in(datetime.timedelta(hours=1), succeed, meta=foreign)
+    work(redis)
+    job.refresh()
+    assert job.meta == foreign
+    assert [end.state for end in records(RunEnded) if end.run_id in _ids(records)] == ["retry", "success"]
+
+
+def test_a_meta_that_cannot_be_read_is_left_alone(redis, queue, records):
+    """A `meta` that this process cannot unpickle is nobody's to change; the job runs, and is tried again."""
+    job = queue.enqueue(never_twice, retry=Retry(max=1))
+    redis.hset(job.key, "meta", b"not a pickle")
+    work(redis)
+    assert [end.state for end in records(RunEnded)] == ["retry", "success"]
+    if rq.__version__ >= "3":
+        assert redis.hget(job.key, "meta") == b"not a pickle"
+
+
+def test_a_time_at_the_end_of_times_is_none(redis, queue, records):
+    """Whatever date RQ takes, we take."""
+    job = queue.enqueue_at(datetime.datetime.max.replace(tzinfo=datetime.timezone.utc), succeed)
+    assert "waxell" in job.meta
+
+
+def test_where_it_is_switched_off_nothing_is_touched(redis, queue, monkeypatch):
+    """With `observe` off a job's `meta` is what the user has made of it, also when it is tried again."""
+    settings = dataclasses.replace(collecting.current().settings, observe=False)
+    monkeypatch.setattr(collecting, "_collector", collecting.Collector(settings))
+    own = {"own": 1}
+    jobs = [queue.enqueue(fail, retry=Retry(max=1), meta=own), queue.enqueue_in(SOON, succeed, meta=own)]
+    work(redis)
+    for job in jobs:
+        job.refresh()
+        assert job.meta == own
+    assert adapter.meta(own, schedule="nightly") == own
 
 
 @pytest.mark.parametrize("observe", ["true", "false"])
