@@ -473,7 +473,7 @@ def _in(own: dict[str, Any], interval_s: float) -> dict[str, Any]:
     now = time.time()
     own = {**own, "enqueued_at": now}
     own.pop("eta", None)
-    return {**own, "eta": now + interval_s} if interval_s else own
+    return {**own, "eta": (now + interval_s) // 1} if interval_s else own  # as RQ has it, in whole seconds
 
 
 def _set_own(job: Job, own: dict[str, Any], more: Mapping[str, Any] | None = None) -> None:
@@ -499,7 +499,8 @@ def _time(value: object) -> float | None:
 
 def _due(moment: datetime.datetime) -> float | None:
     try:
-        return moment.timestamp()  # as RQ has it, a naive one is of this machine's zone
+        # As RQ has it: in whole seconds, and a naive one is of this machine's zone.
+        return float(moment.timestamp() // 1)
     except (OverflowError, ValueError, OSError):  # at the end of times
         return None
 
