@@ -18,7 +18,7 @@ from .core.encoding import reduce
 _FRAMEWORK = "celery"
 
 
-def describe(task_id: str, name: str, app: Any, request: Context, args: Any, kwargs: Any) -> tasks.Task:
+def describe(task_id: str, name: str, request: Context, args: Any, kwargs: Any) -> tasks.Task:
     # What came with the message may be anything.
     delivery = request.delivery_info if isinstance(request.delivery_info, dict) else {}
     return tasks.Task(
@@ -35,7 +35,7 @@ def describe(task_id: str, name: str, app: Any, request: Context, args: Any, kwa
         root_task_id=text(request.root_id),
         group_id=text(request.group),
         facts={
-            "schedule": _schedule(name, app, request),
+            "schedule": _schedule(request),
             "replaced": nesting(request.replaced_task_nesting) or None,
         },
         inputs=lambda: {"args": reduce(args), "kwargs": reduce(kwargs)},
@@ -59,16 +59,25 @@ def _header(request: Context, name: str) -> Any:
     return headers.get(name) or getattr(request, name, None)
 
 
-def _schedule(name: str, app: Any, request: Context) -> str | None:
-    """Return the name of the beat entry that a task is sent by, as far as it is told, or can only be one."""
-    told = _header(request, "periodic_task_name")  # django-celery-beat tells it
-    if told and isinstance(told, str):
-        return told
-    if _header(request, "celery_beat_task") is not True or app is None:
-        return None
-    entries = app.conf.beat_schedule or {}
-    found = [entry for entry, of in entries.items() if isinstance(of, dict) and of.get("task") == name]
-    return str(found[0]) if len(found) == 1 else None
+def _schedule(request: Context) -> str:
+    """Return the name of the beat entry that has sent a task: we tell it, or django-celery-beat does."""
+    own = _header(request, lineage.HEADER)
+    told = own.get("schedule") if isinstance(own, dict) else None
+    return text(told) or text(_header(request, "periodic_task_name"))
+
+
+def entry_name(scheduler: Any, task: str) -> str:
+    """Return the name of the entry for which beat sends a task: the one that it has just noted as run.
+
+    Args:
+        scheduler: beat's. Those of Celery have their entries in memory; another one's may look further.
+        task: the task's name.
+    """
+    if type(scheduler).__module__ != "celery.beat":
+        return ""
+    entries = [entry for entry in scheduler.schedule.values() if entry.task == task]
+    latest = max(entries, key=lambda entry: entry.last_run_at.timestamp(), default=None)
+    return text(getattr(latest, "name", None))
 
 
 def attempt_number(request: Any) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -80,6 +81,9 @@ def _enqueued(sender: Any = None, headers: Any = None, body: Any = None, **_: An
         setattr(request, _SUCCESSOR, getattr(request, _SUCCESSOR, None) or sender)
     sent = headers if get_context() is not None else _for_a_lost_task(told, headers)
     headers.update(lineage.outgoing(sent))
+    service = _beats.get(threading.get_ident())
+    if service is not None and lineage.HEADER in headers:
+        headers[lineage.HEADER]["schedule"] = requests.entry_name(service.scheduler, sender)
 
 
 def _is_retry(told: Mapping[str, Any], request: Any) -> bool:
@@ -108,6 +112,15 @@ def _for_a_lost_task(told: Mapping[str, Any], headers: dict[str, Any]) -> Mappin
     return {**headers, lineage.HEADER: {name: carried[name] for name in _OF_A_STORY if name in carried}}
 
 
+_beats: dict[int, Any] = {}
+"""By thread, the beat that runs in it."""
+
+
+@_connect(signals.beat_init)
+def _beating(sender: Any = None, **_: Any) -> None:
+    _beats[threading.get_ident()] = sender
+
+
 # -- tasks, in the process that executes them --------------------------------------------------
 
 
@@ -116,7 +129,7 @@ def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None,
     request = task.request
     attempt = _attempt_of(request)
     if attempt is None:
-        described = requests.describe(task_id, task.name or "", task.app, request, args, kwargs)
+        described = requests.describe(task_id, task.name or "", request, args, kwargs)
         attempt = tasks.prepare(described, _options(task))
         setattr(request, _ATTEMPT, attempt)
     if not attempt.begun:
@@ -214,7 +227,7 @@ def _revoked(
     if terminated:
         tasks.task_lost(request.id, ends.terminated(signum), "Terminated", state="revoked")
         return
-    task = requests.describe(request.id, sender.name, sender.app, request, request.args, request.kwargs)
+    task = requests.describe(request.id, sender.name, request, request.args, request.kwargs)
     reason = "revoked: expired before start" if expired else "revoked before start"
     tasks.never_began(task, _options(sender), "revoked", reason)
 
@@ -225,7 +238,7 @@ def _unknown(sender: Any = None, message: Any = None, name: str = "", **more: An
     told = headers if "task" in headers else {**message.payload, "headers": headers}  # protocol 2, or 1
     hostname = getattr(sender, "hostname", "")
     request = Context(told, delivery_info=message.delivery_info, hostname=hostname, is_eager=False)
-    task = requests.describe(more["id"], name, getattr(sender, "app", None), request, None, None)
+    task = requests.describe(more["id"], name, request, None, None)
     reason = "rejected: no task of this name in this worker"
     tasks.never_began(task, tasks.Options(), "rejected", reason, "NotRegistered")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import uuid
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from billiard.exceptions import SoftTimeLimitExceeded, Terminated
 from celery import Celery, signals
 from celery.app.task import Context
 from celery.app.trace import build_tracer
+from celery.beat import Scheduler, Service
 from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded, WorkerLostError
 from gevent import GreenletExit
 
@@ -499,17 +501,46 @@ def test_an_unknown_task_of_a_broken_message_is_told(records, headers):
     assert (start.agent_name, start.task_id) == ("t", "the-id")
 
 
-def test_a_schedule_is_told_only_if_it_is_known(traced, records):
-    """By django-celery-beat; or where a task that beat has sent can be of one entry only."""
+def test_a_schedule_is_told_by_whoever_knows_it(traced, records):
+    """By us in beat, at each attempt, or by django-celery-beat; beat's own mark says nothing."""
     task = traced(lambda: None)
-    task.app.conf.beat_schedule = {"nightly": {"task": task.name, "schedule": 1.0}}
+    task.execute({"waxell": {"schedule": "nightly"}, "celery_beat_task": True})
+    task.execute({"periodic_task_name": "theirs", "waxell": {"schedule": 1}})
     task.execute({"celery_beat_task": True})
-    task.execute({"celery_beat_task": True, "periodic_task_name": "theirs"})
-    task.execute()
-    task.app.conf.beat_schedule["hourly"] = {"task": task.name, "schedule": 1.0}
-    task.execute({"celery_beat_task": True})
-    found = [record.metadata.get("schedule") for record in records(RunStarted)]
-    assert found == ["nightly", "theirs", None, None]
+    assert [record.metadata.get("schedule") for record in records(RunStarted)] == ["nightly", "theirs", None]
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["Celery's scheduler", "somebody's"])
+def test_beat_tells_the_entry_that_is_due(app, monkeypatch, ours):
+    """Of two that send the same task, in the thread of beat alone; another's scheduler is not asked."""
+    entry = {"task": "t", "schedule": 60.0, "options": {"headers": {"theirs": 1}}}
+    app.conf.beat_schedule = {"one": entry, "two": entry, "other": {"task": "other", "schedule": 1.0}}
+    kind = Scheduler if ours else type("Theirs", (Scheduler,), {"schedule": property(lambda _: 1 / 0)})
+    monkeypatch.setattr(waxell_workers.celery, "_beats", {})
+    scheduler = Scheduler(app)
+    app.finalized = True  # the tasks of other tests are not to be known here
+    service = Service(app)
+    service.scheduler = scheduler if ours else object.__new__(kind)
+    signals.beat_init.send(sender=service)
+    sent = []
+
+    def send_task(name, *_, headers=None, **__):
+        message = {**headers}
+        signals.before_task_publish.send(sender=name, headers=message)
+        sent.append((message["theirs"], message["waxell"].get("schedule")))
+
+    monkeypatch.setattr(scheduler, "send_task", send_task)
+    for name in ("one", "two", "one"):
+        scheduler.apply_async(scheduler.schedule[name], advance=True)
+    names = ("one", "two", "one") if ours else ("", "", "")
+    assert sent == [(1, name) for name in names]
+    headers = {}
+    thread = threading.Thread(
+        target=signals.before_task_publish.send, args=("t",), kwargs={"headers": headers}
+    )
+    thread.start()
+    thread.join()
+    assert "schedule" not in headers["waxell"]
 
 
 @pytest.mark.parametrize(("observe", "expected"), [("true", ["waxell"]), ("false", [])])

@@ -16,7 +16,13 @@ app.conf.task_default_queue = os.environ["QUEUE"]
 app.conf.broker_connection_retry_on_startup = True
 app.conf.result_expires = 600
 app.conf.beat_schedule = {
-    "every second": {"task": "ticking", "schedule": 1.0, "options": {"headers": {"theirs": "kept"}}},
+    f"every {seconds:g} s": {
+        "task": "ticking",
+        "args": (f"every {seconds:g} s",),
+        "schedule": seconds,
+        "options": {"headers": {"theirs": "kept"}},
+    }
+    for seconds in (1.0, 1.5)
 }
 if "PROTOCOL" in os.environ:
     app.conf.task_protocol = int(os.environ["PROTOCOL"])
@@ -44,8 +50,9 @@ late = _leaf("late", 1.0)
 
 
 @app.task(name="ticking")
-def ticking():
+def ticking(schedule):
     note_headers()
+    get_context().set_tag("schedule", schedule)
 
 
 @app.task(name="errback")
