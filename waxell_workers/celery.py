@@ -26,7 +26,15 @@ from celery import current_task, signals, states
 from celery.app.task import Context
 
 from . import _celery_ends as ends
-from . import _celery_requests as requests
+from ._celery_requests import (
+    attempt_number,
+    describe,
+    entry_name,
+    message_of,
+    nesting,
+    number_after,
+    timestamp,
+)
 from .core import lineage, tasks
 from .core.runs import Run, get_context
 
@@ -80,20 +88,20 @@ def _enqueued(sender: Any = None, headers: Any = None, body: Any = None, **_: An
     if attempt is not None and _takes_its_place(told, request):
         setattr(request, _SUCCESSOR, getattr(request, _SUCCESSOR, None) or sender)
     sent = headers if get_context() is not None else _for_a_lost_task(told, headers)
-    headers.update(lineage.outgoing(sent))
+    ours = lineage.outgoing(sent)
+    headers.update(ours)
     service = _beats.get(threading.get_ident())
-    if service is not None and lineage.HEADER in headers:
-        headers[lineage.HEADER]["schedule"] = requests.entry_name(service.scheduler, sender)
+    if service is not None and ours:
+        ours[lineage.HEADER]["schedule"] = entry_name(service.scheduler, sender)
 
 
 def _is_retry(told: Mapping[str, Any], request: Any) -> bool:
-    number = requests.number_after(told.get("retries"))
-    return bool(told.get("id") == request.id and number > requests.attempt_number(request))
+    number = number_after(told.get("retries"))
+    return bool(told.get("id") == request.id and number > attempt_number(request))
 
 
 def _takes_its_place(told: Mapping[str, Any], request: Any) -> bool:
-    nesting = requests.nesting(told.get("replaced_task_nesting"))
-    return nesting > requests.nesting(request.replaced_task_nesting)
+    return nesting(told.get("replaced_task_nesting")) > nesting(request.replaced_task_nesting)
 
 
 def _for_a_lost_task(told: Mapping[str, Any], headers: dict[str, Any]) -> Mapping[str, Any]:
@@ -106,7 +114,7 @@ def _for_a_lost_task(told: Mapping[str, Any], headers: dict[str, Any]) -> Mappin
     if lost is None:
         return headers
     # Its errback: whose child it is can only be told by `parent_id`, but the story is the same.
-    carried = requests.message_of(Context(lost.request_dict))[lineage.HEADER]
+    carried = message_of(Context(lost.request_dict))[lineage.HEADER]
     if not isinstance(carried, Mapping):
         return headers
     return {**headers, lineage.HEADER: {name: carried[name] for name in _OF_A_STORY if name in carried}}
@@ -129,7 +137,7 @@ def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None,
     request = task.request
     attempt = _attempt_of(request)
     if attempt is None:
-        described = requests.describe(task_id, task.name or "", request, args, kwargs)
+        described = describe(task_id, task.name or "", request, args, kwargs)
         attempt = tasks.prepare(described, _options(task))
         setattr(request, _ATTEMPT, attempt)
     if not attempt.begun:
@@ -138,7 +146,9 @@ def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None,
 
 @_connect(signals.task_retry, times=2)
 def _will_retry(request: Context, sender: Any = None, reason: Any = None, **_: Any) -> None:
-    cause = getattr(reason, "exc", None) or reason  # a Retry tells what it was raised for
+    cause = getattr(reason, "exc", None)  # a Retry tells what it was raised for
+    if cause is None:
+        cause = reason
     if _attempt_of(request) is None:
         if type(cause).__name__ in _LOST:  # the main process tries once more
             _lost(request.id, cause)
@@ -227,7 +237,7 @@ def _revoked(
     if terminated:
         tasks.task_lost(request.id, ends.terminated(signum), "Terminated", state="revoked")
         return
-    task = requests.describe(request.id, sender.name, request, request.args, request.kwargs)
+    task = describe(request.id, sender.name, request, request.args, request.kwargs)
     reason = "revoked: expired before start" if expired else "revoked before start"
     tasks.never_began(task, _options(sender), "revoked", reason)
 
@@ -238,7 +248,7 @@ def _unknown(sender: Any = None, message: Any = None, name: str = "", **more: An
     told = headers if "task" in headers else {**message.payload, "headers": headers}  # protocol 2, or 1
     hostname = getattr(sender, "hostname", "")
     request = Context(told, delivery_info=message.delivery_info, hostname=hostname, is_eager=False)
-    task = requests.describe(more["id"], name, request, None, None)
+    task = describe(more["id"], name, request, None, None)
     reason = "rejected: no task of this name in this worker"
     tasks.never_began(task, tasks.Options(), "rejected", reason, "NotRegistered")
 
@@ -311,12 +321,10 @@ def _retry_in_words(request: Context, task: Any, reason: Any) -> str:
     most = getattr(task, "max_retries", None) if most is None else most
     when = getattr(reason, "when", None)
     wait_s = when if isinstance(when, (int, float)) else None
-    moment = requests.timestamp(when)
+    moment = timestamp(when)
     if moment is not None:
         wait_s = moment - time.time()
-    return ends.retry(
-        requests.attempt_number(request) + 1, most + 1 if isinstance(most, int) else None, wait_s
-    )
+    return ends.retry(attempt_number(request) + 1, most + 1 if isinstance(most, int) else None, wait_s)
 
 
 def _limits(task: Any) -> tuple[float | None, float | None]:

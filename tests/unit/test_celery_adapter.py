@@ -448,7 +448,7 @@ HOSTILE = (
 )
 
 
-@pytest.mark.parametrize("value", HOSTILE, ids=repr)
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
 @pytest.mark.parametrize("protocol", [1, 2])
 def test_a_broken_message_is_still_a_run(traced, records, value, protocol):
     """Whatever stands in its headers, the task is executed, recorded, and may send on."""
