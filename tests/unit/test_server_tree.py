@@ -1,4 +1,4 @@
-"""Spans as a tree: what stands under what, and that no span is lost whatever a client sends."""
+"""Spans and runs as trees: what stands under what, and that no span is lost whatever a client sends."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waxell_workers.server.model import Span
-from waxell_workers.server.tree import MAX_INDENT, span_rows
+from waxell_workers.server.model import Node, Span, Tree
+from waxell_workers.server.tree import MAX_INDENT, RunRow, run_rows, span_rows
 
 
 def span(name: str, position: int, parent: int | None = None, **more: Any) -> Span:
@@ -117,3 +117,77 @@ def test_whatever_was_sent_is_shown_exactly_once(spans: list[Span]) -> None:
     assert all(0 <= row.left <= 100 and 0 < row.width <= 100 for row in rows)
     for before, row in itertools.pairwise(rows):
         assert row.depth <= before.depth + 1
+
+
+def node(run_id: str, *children: Node, offset_ms: float = 0, **more: Any) -> Node:
+    facts: dict[str, Any] = {"status": "success", "duration_ms": None, "wait_s": None}
+    made: Any = facts | {"run_id": run_id, "offset_ms": offset_ms, "children": list(children)} | more
+    found: Node = made
+    return found
+
+
+def rows_of(*nodes: Node, current: str = "", limit: int = 100, now_ms: float = 0) -> list[RunRow]:
+    tree: Any = {"tree": list(nodes)}
+    found: Tree = tree
+    return run_rows(found, current, limit, now_ms)
+
+
+def names(rows: list[RunRow]) -> list[str]:
+    return ["  " * row.depth + row.run["run_id"] for row in rows]
+
+
+def test_a_run_stands_after_the_one_that_started_it() -> None:
+    """Given runs in each other, then each is below its parent, one deeper, in the store's order."""
+    rows = rows_of(node("r", node("a", node("a1")), node("b")), node("s"))
+    assert names(rows) == ["r", "  a", "    a1", "  b", "s"]
+
+
+def test_bars_of_runs_have_waiting_before_work() -> None:
+    """Given waits, then the scale begins with the first wait, and each bar ends where its run did."""
+    first, second = rows_of(
+        node("r", node("a", offset_ms=100, duration_ms=200, wait_s=0.05), duration_ms=50, wait_s=0.1)
+    )
+    assert (first.wait_left, first.wait_width, first.left, first.width) == (0, 25, 25, 12.5)
+    assert (second.wait_left, second.wait_width, second.left, second.width) == (37.5, 12.5, 50, 50)
+
+
+def test_the_bar_of_a_running_run_ends_now() -> None:
+    """Given a run that has not ended, when shown, then its bar goes on to the present."""
+    ended, running = rows_of(
+        node("r", duration_ms=100), node("on", offset_ms=100, status="running"), now_ms=400
+    )
+    assert (ended.left, ended.width) == (0, 25)
+    assert (running.left, running.width) == (25, 75)
+
+
+def test_of_too_many_runs_those_around_the_current_one_are_shown() -> None:
+    """Given more runs than fit, then those above and below one's own are shown, each with its parent."""
+    crowd = [node(f"c{n}", node(f"d{n}")) for n in range(10)]
+    own = node("p", node("other"), node("me", node("below")))
+    tree = node("r", *crowd, own)
+    assert names(rows_of(tree, current="me", limit=6)) == [
+        "r",
+        "  c0",
+        "    d0",
+        "  p",
+        "    me",
+        "      below",
+    ]
+    assert names(rows_of(tree, current="elsewhere", limit=3)) == ["r", "  c0", "    d0"]
+    assert names(rows_of(tree, current="me", limit=1)) == ["r"]
+
+
+@given(st.data(), st.integers(1, 30))
+def test_whatever_is_left_out_every_run_has_its_parent(data: st.DataObject, limit: int) -> None:
+    """Given any tree and any limit, then as many rows as fit are shown, each with its parent."""
+    count = data.draw(st.integers(1, 40))
+    nodes = [node(str(n)) for n in range(count)]
+    parents = [data.draw(st.integers(-1, n - 1)) for n in range(count)]
+    for n, parent in enumerate(parents):
+        if parent >= 0:
+            nodes[parent]["children"].append(nodes[n])
+    top = [nodes[n] for n, parent in enumerate(parents) if parent < 0]
+    rows = rows_of(*top, current=str(data.draw(st.integers(0, count - 1))), limit=limit)
+    shown = {row.run["run_id"] for row in rows}
+    assert len(rows) == min(count, limit)
+    assert all(parents[int(name)] < 0 or str(parents[int(name)]) in shown for name in shown)

@@ -1,4 +1,4 @@
-"""The two pages: all runs, and one run. Rendered here, readable without JavaScript.
+"""The three pages: all runs, one run, and what they cost. Rendered here, readable without JavaScript.
 
 Everything that a client sent is data: Jinja escapes it, and addresses are built from quoted parts. A page
 that changes marks the part that does (`#live`); a small script fetches the page again and swaps that part.
@@ -7,6 +7,8 @@ that changes marks the part that does (`#live`); a small script fetches the page
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,11 +21,11 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from .api import AT_ONCE
-from .model import RUNNING
+from .model import RUNNING, Group, RunDetail, RunSummary, Spend, Total
 from .queries import Extent
 from .store import Store
-from .tree import span_rows
-from .views import FILTERS
+from .tree import RunRow, run_rows, span_rows
+from .views import FILTERS, is_texts
 
 PAGE_SIZE = 50
 SHOWN = 500
@@ -31,8 +33,29 @@ SHOWN = 500
 
 _EXTENT = Extent(SHOWN, 20_000)
 
-_STATUSES = ("running", "success", "error", "retry", "killed", "interrupted")
+_STATUSES = (
+    "running",
+    "success",
+    "error",
+    "retry",
+    "killed",
+    "interrupted",
+    "revoked",
+    "rejected",
+    "ignored",
+)
 """The order in which statuses stand above the list; any other follows by name."""
+
+_FOLDED = 40
+"""A trace with more runs than that is folded on the page of one of them, and refreshed less often."""
+
+_NAMED = 20
+"""Of so many tasks that a job depends on is looked up whether they are stored."""
+
+_BY = ("task", "model", "queue", "framework", "agent", "session", "user", "attempt", "run")
+_SINCE = (("1h", "last hour"), ("24h", "last 24 hours"), ("7d", "last 7 days"), ("", "all"))
+_MANY = 1000
+"""More frameworks than that are not summed up."""
 
 
 class Pages:
@@ -57,6 +80,7 @@ class Pages:
         return [
             Route("/", self.runs, methods=["GET"]),
             Route("/runs/{run_id}", self.run, methods=["GET"]),
+            Route("/spend", self.spend, methods=["GET"]),
         ]
 
     async def runs(self, request: Request) -> HTMLResponse:
@@ -69,6 +93,13 @@ class Pages:
         """Show one run."""
         async with self._turns:
             return await run_in_threadpool(self._run, request.path_params["run_id"])
+
+    async def spend(self, request: Request) -> HTMLResponse:
+        """Show what costs, what failed for nothing, and where runs wait."""
+        by = request.query_params.get("by", "") or _BY[0]
+        since = request.query_params.get("since", "")
+        async with self._turns:
+            return await run_in_threadpool(self._spend, by, "" if since == "all" else since)
 
     def error(self, request: Request, status: int, detail: str) -> HTMLResponse:
         """Show what went wrong, and the way back."""
@@ -109,17 +140,77 @@ class Pages:
                 404, "There is no such run here. Beyond a number of runs, the oldest are removed."
             )
         run, totals = found
-        attempts, children = self._store.related(run)
-        parent = self._store.summary(run["parent_run_id"]) if run["parent_run_id"] else None
+        tree = self._store.tree(run_id)
+        rows = [] if tree is None else run_rows(tree, run_id, SHOWN, _since_ms(tree["started_at"]))
+        group = self._store.task(run["task_id"]) if run["task_id"] else None
+        here = any(row.run["run_id"] == run_id for row in rows)
         return self._page(
             "run.html",
             run=run,
-            live=run["status"] == RUNNING,
+            live=_goes_on(run, group, rows),
+            every_s="" if len(rows) <= _FOLDED else 10,
             totals=totals,
             span_rows=span_rows(run["spans"]),
-            attempts=attempts if len(attempts) > 1 else [],
-            children=children,
-            parent=parent,
+            wait=self._store.wait_of(run_id),
+            group=group if group is not None and len(group["runs"]) > 1 else None,
+            tree=tree if len(rows) > 1 else None,
+            tree_rows=rows,
+            folded=len(rows) > _FOLDED,
+            subtotal=self._store.subtotal(run_id),
+            children=[] if here else self._store.related(run)[1],
+            parent=self._known(run["parent_run_id"]),
+            previous=self._known(run["previous_run_id"]),
+            linked_from=self._known(run["linked_run_id"]),
+            linked=self._store.linked(run_id),
+            parent_task=self._tasks([run["parent_task_id"]]),
+            depends_on=self._tasks(run["metadata"].get("depends_on")),
+        )
+
+    def _known(self, run_id: str) -> RunSummary | None:
+        return self._store.summary(run_id) if run_id else None
+
+    def _tasks(self, named: object) -> list[tuple[str, RunSummary | None]]:
+        """Return for each task id its last run, if it is stored."""
+        if not is_texts(named):
+            return []
+        assert isinstance(named, list)
+        found: list[tuple[str, RunSummary | None]] = []
+        for task_id in filter(None, named):
+            group = self._store.task(task_id) if len(found) < _NAMED else None
+            found.append((task_id, group["runs"][-1] if group and group["runs"] else None))
+        return found
+
+    def _spend(self, by: str, since: str) -> HTMLResponse:
+        try:
+            rows = self._store.spend(by, since, PAGE_SIZE + 1)
+            frameworks = self._store.spend("framework", since, _MANY)
+            queues = self._store.queues(since, PAGE_SIZE + 1)
+            waste = self._store.waste(since, PAGE_SIZE + 1)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+
+        def link(**changes: str) -> str:
+            chosen = {"by": "" if by == _BY[0] else by, "since": since} | changes
+            query = {name: value for name, value in chosen.items() if value}
+            return f"/spend?{urlencode(query)}" if query else "/spend"
+
+        known = [value for value, _ in _SINCE]
+        return self._page(
+            "spend.html",
+            by=by,
+            since=since,
+            dimensions=[(name, link(by="" if name == _BY[0] else name)) for name in _BY],
+            spans=[(value or "all", words, link(since=value)) for value, words in _SINCE],
+            other_since="" if since in known else since,
+            total=_total(frameworks),
+            rows=rows[:PAGE_SIZE],
+            more=len(rows) > PAGE_SIZE,
+            most_usd=max((row["cost_usd"] or 0.0 for row in rows), default=0.0),
+            queues=queues[:PAGE_SIZE],
+            longest_s=max((queue["wait_s"]["p95"] or 0.0 for queue in queues), default=0.0),
+            waste=waste["total"],
+            wasted=waste["by_error"][:PAGE_SIZE],
+            most_wasted_usd=max((row["cost_usd"] or 0.0 for row in waste["by_error"]), default=0.0),
         )
 
     def _page(self, template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
@@ -132,3 +223,35 @@ def _address(request: Request) -> str:
         return str(request.base_url).rstrip("/")
     except ValueError:  # beyond loopback any Host comes through, half an IPv6 address too
         return "http://…"
+
+
+def _since_ms(moment: str) -> float:
+    return (time.time() - datetime.fromisoformat(moment).timestamp()) * 1000
+
+
+def _goes_on(run: RunDetail, group: Group | None, rows: list[RunRow]) -> bool:
+    """Tell whether anything that the page of a run shows may change."""
+    shown = [run["status"], *(row.run["status"] for row in rows), *([group["final_state"]] if group else [])]
+    return RUNNING in shown
+
+
+def _total(rows: list[Spend]) -> Total:
+    """Add up what is known; a sum of nothing but unknowns is none."""
+    calls = sum(row["calls"] for row in rows)
+
+    def known(name: str) -> int | None:
+        values: list[int] = [value for row in rows if (value := row[name]) is not None]  # type: ignore[literal-required]
+        unknown: int = sum(row[f"{name}_unknown"] for row in rows)  # type: ignore[literal-required]
+        return None if calls and unknown >= calls else sum(values)
+
+    costs = [row["cost_usd"] for row in rows if row["cost_usd"] is not None]
+    return Total(
+        runs=sum(row["runs"] for row in rows),
+        calls=calls,
+        tokens_in=known("tokens_in"),
+        tokens_out=known("tokens_out"),
+        cost_usd=sum(costs) if costs else None,
+        tokens_in_unknown=sum(row["tokens_in_unknown"] for row in rows),
+        tokens_out_unknown=sum(row["tokens_out_unknown"] for row in rows),
+        cost_unknown=sum(row["cost_unknown"] for row in rows),
+    )

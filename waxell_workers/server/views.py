@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from .model import RUNNING, Span
+from .model import RUNNING, RunDetail, RunSummary, Span
 from .values import error_line, text
 
 ABSENT = "\N{EN DASH}"
@@ -19,21 +19,39 @@ _STATUS_CLASS = {
     "killed": "dead",
     "retry": "warn",
     "interrupted": "warn",
+    "ignored": "calm",
+    "rejected": "bad",
+    "revoked": "off",
 }
 _FACTS = (
+    "task",
     "task_id",
     "attempt",
-    "queue",
-    "worker",
     "framework",
-    "pid",
+    "queue",
+    "schedule",
+    "repeat",
+    "worker",
     "host",
+    "pid",
+    "redelivered",
+    "group_id",
+    "root_task_id",
     "wait_s",
     "enqueued_at",
     "eta",
-    "redelivered",
 )
 """Metadata of a task in the order in which a person asks for it; everything else follows by name."""
+_SHOWN_AS = {
+    "wait_s": "wait_s",
+    "enqueued_at": "enqueued_at",
+    "eta": "eta",
+    "clock_skew_s": "wait_s",
+    "previous_run_id": "previous_run_id",
+    "linked_run_id": "linked_run_id",
+    "parent_task_id": "parent_task_id",
+}
+"""Metadata that a page says in words, where it was understood: then this field of the run is set."""
 
 
 def status_class(status: str) -> str:
@@ -55,6 +73,13 @@ def duration(value_ms: float | None) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def waited(value_s: float | None) -> str:
+    """Write how long something waited, given in seconds."""
+    if value_s is None:
+        return ABSENT
+    return "< 1 ms" if value_s < 0.001 else duration(value_s * 1000)
 
 
 def offset(value_ms: float | None) -> str:
@@ -113,6 +138,43 @@ def absolute(moment: str) -> str:
     return f"{moment[:10]} {moment[11:19]} UTC"
 
 
+def after(moment: str, value_ms: float | None) -> str | None:
+    """Return the time that is so long after another one, as ISO 8601; None if nobody knows."""
+    if value_ms is None:
+        return None
+    try:
+        found = datetime.fromisoformat(moment) + timedelta(milliseconds=value_ms)
+    except OverflowError:
+        return None
+    return found.isoformat(timespec="milliseconds")
+
+
+def between(earlier: str, later: str) -> float | None:
+    """Return the milliseconds from one ISO 8601 time to another; None if it is not later."""
+    gone = (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds() * 1000
+    return gone if gone >= 0 else None
+
+
+def never_began(reason: str) -> bool:
+    """Tell whether an attempt was given up before anything of it ran: its reason has it in words."""
+    return "before start" in reason
+
+
+def says_more(run: RunDetail | RunSummary) -> bool:
+    """Tell whether a run's error says more than the reason of its end, not the same with a type before it."""
+    message = run["error"].removeprefix(run["error_type"]).removeprefix(": ")
+    return bool(run["error"]) and not (run["reason"] and message in run["reason"])
+
+
+def percent(part: float) -> str:
+    """Write a part of a whole, from 0 to 1."""
+    if 0 < part < 0.01:
+        return "less than 1 %"
+    if 0.99 < part < 1:
+        return "more than 99 %"
+    return f"{part * 100:.0f} %"
+
+
 def shorten(text: str, length: int = 160) -> str:
     """Return the first line of a text, cut at `length` characters, visibly."""
     line = text.strip().split("\n", 1)[0].strip()
@@ -163,9 +225,31 @@ def facts(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, metadata[name]) for name in names if metadata[name] not in (None, "", [], {})]
 
 
+def other_facts(run: RunDetail) -> list[tuple[str, Any]]:
+    """Return the facts of a run that its page has not said in words elsewhere."""
+    told: dict[str, Any] = {**run}
+    return [
+        (name, value)
+        for name, value in facts(run["metadata"])
+        if not (name in _SHOWN_AS and told.get(_SHOWN_AS[name]) not in (None, ""))
+        and not (name == "depends_on" and is_texts(value))
+    ]
+
+
+def is_texts(value: object) -> bool:
+    """Tell whether this is a list of texts, and not an empty one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
 FILTERS = {
     "status_class": status_class,
     "duration": duration,
+    "waited": waited,
+    "after": after,
+    "between": between,
+    "never_began": never_began,
+    "says_more": says_more,
+    "percent": percent,
     "offset": offset,
     "cost": cost,
     "count": count,
@@ -179,5 +263,5 @@ FILTERS = {
     "as_text": as_text,
     "one_line": one_line,
     "span_error": span_error,
-    "facts": facts,
+    "other_facts": other_facts,
 }

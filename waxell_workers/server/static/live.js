@@ -1,9 +1,15 @@
-// Keeps `#live` fresh: fetches this page again every 2 s and swaps that part. Pauses while the tab is hidden,
-// while text in it is selected, and while somebody is in its form. Without this script the page is the same, but still.
+// Keeps `#live` fresh: fetches this page again every 2 s, or as many as its `data-live` says, and swaps that part.
+// Pauses while the tab is hidden, while text in it is selected, and while somebody is in its form. Without this
+// script the page is the same, but still.
 "use strict";
 
 const EVERY_MS = 2000;
 const state = document.getElementById("live-state");
+
+function wait() {
+  const live = document.getElementById("live");
+  setTimeout(refresh, Number(live?.dataset.live) * 1000 || EVERY_MS);
+}
 
 function busy(live) {
   const selection = document.getSelection();
@@ -40,7 +46,7 @@ async function refresh() {
       state.classList.add("gone");
     }
   }
-  setTimeout(refresh, EVERY_MS);
+  wait();
 }
 
 document.addEventListener("change", (event) => {
@@ -48,5 +54,5 @@ document.addEventListener("change", (event) => {
 });
 if (document.getElementById("live")?.hasAttribute("data-live")) {
   state.textContent = "live";
-  setTimeout(refresh, EVERY_MS);
+  wait();
 }
