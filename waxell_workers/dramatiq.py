@@ -224,15 +224,15 @@ def _refused(broker: Broker, message: MessageProxy) -> None:
 
 def _sent(message: Message[Any]) -> dict[str, Any]:
     """Return the options of a message that is being enqueued, with ours; the very same if we add none."""
-    options, carried = message.options, _carried(message.options)
+    options = message.options
     run, here = get_context(), _here.processing
     own_attempt = here is not None and here.message.message_id == message.message_id
     again = run is not None and (own_attempt or run.task_id == message.message_id)
-    if run is not None and not again and _has_place_of(options, carried):
-        options = _without(options, w3c.TRACEPARENT, w3c.TRACESTATE)  # a copy of what was sent elsewhere
     sent = lineage.outgoing(options, again=again)
     if not sent:
-        return message.options
+        return options
+    if w3c.TRACEPARENT in sent:
+        options = _without(options, w3c.TRACESTATE)  # of a place elsewhere, from which it was copied
     own = _without(sent[lineage.HEADER], "eta", _WAITS)  # a retry has its own, or none
     if run is not None and not run.is_muted:
         if not again and "run" in own:
@@ -242,14 +242,6 @@ def _sent(message: Message[Any]) -> dict[str, Any]:
         elif again and own_attempt and here is not None and not here.attempt.run.is_muted:
             own["previous"] = here.attempt.run.run_id  # also if an interrupt has left something current in it
     return {**options, **sent, lineage.HEADER: own}
-
-
-def _has_place_of(options: dict[str, Any], carried: dict[str, Any]) -> bool:
-    """True if the W3C headers say what our own one does."""
-    place, run_id = w3c.read(options.get(w3c.TRACEPARENT)), carried.get("run")
-    if place is None or not isinstance(run_id, str):
-        return False
-    return (place.trace_id, place.span_id) == (carried.get("trace"), run_id[:16])
 
 
 def _exchange(message: Message[Any] | MessageProxy, options: dict[str, Any]) -> None:
