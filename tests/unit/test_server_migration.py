@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -12,21 +14,26 @@ from waxell_workers.core.errors import ConfigError
 from waxell_workers.server import Store, migration, schema
 from waxell_workers.server.writes import CallMade, End, Start
 
-TABLES_1 = Path(__file__).with_name("server_version_1.sql")
+TABLES = {version: Path(__file__).with_name(f"server_version_{version}.sql") for version in (1, 2)}
 NOW = 1_790_000_000.0
 
 
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """A database of version 1: a run with a chat, an embedding, and a failure that had no usage."""
+TOLD = {"framework": "celery", "task": "tasks.t", "queue": "q", "attempt": 2, "wait_s": 1.5, "eta": NOW}
+TOLD |= {"enqueued_at": NOW - 1, "previous_run_id": "p", "parent_task_id": "up", "user_group": "g"}
+
+
+@pytest.fixture(params=[1, 2])
+def old(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A database of an older version: a run with a chat, an embedding, and a failure that had no usage."""
     path = tmp_path / "runs.db"
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(TABLES_1.read_text())
+        connection.executescript(TABLES[request.param].read_text())
         connection.execute(
             "INSERT INTO runs (run_id, agent_name, workflow_name, status, known, started_at, ended_at,"
-            " source, calls, tokens_in, tokens_out, cost_usd)"
-            " VALUES ('r', 'triage', 'celery', 'success', 1, ?, ?, 'ingest', 3, 107, 20, 0.5)",
-            (NOW, NOW + 2),
+            " source, calls, tokens_in, tokens_out, cost_usd, metadata, error)"
+            " VALUES ('r', 'triage', 'celery', 'error', 1, ?, ?, 'ingest', 3, 107, 20, 0.5, ?,"
+            " 'openai.APIError: no: more')",
+            (NOW, NOW + 2, json.dumps(TOLD)),
         )
         connection.execute(
             "INSERT INTO runs (run_id, started_at, source) VALUES ('empty', ?, 'ingest')", (NOW - 9,)
@@ -40,6 +47,13 @@ def old(tmp_path: Path) -> Path:
                 ("c3", "gpt-4o", "chat", "error", NOW + 2, 0, 0, 0, None, ""),
             ],
         )
+        if request.param == 2:
+            connection.execute(
+                "UPDATE runs SET tokens_in_unknown = 1, tokens_out_unknown = 1, cost_unknown = 1"
+                " WHERE run_id = 'r'"
+            )
+            connection.execute("UPDATE calls SET tokens_in = NULL, tokens_out = NULL WHERE tokens_in = 0")
+            connection.execute("UPDATE calls SET tokens_cached = NULL WHERE tokens_cached = 0")
         connection.execute("INSERT INTO records VALUES ('c1', 'r', ?)", (NOW,))
         connection.commit()
     return path
@@ -48,6 +62,11 @@ def old(tmp_path: Path) -> Path:
 def version_of(path: Path) -> int:
     with closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def dump(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return list(connection.iterdump())
 
 
 def looks_as_now(store: Store) -> None:
@@ -65,6 +84,29 @@ def looks_as_now(store: Store) -> None:
     assert (first["tokens_cache_written"], first["messages"], first["tool_calls"]) == (None, [], [])
     assert [each["run_id"] for each in store.runs()] == ["r", "empty"]
     assert [each["tokens_in_unknown"] for each in store.runs()] == [1, 0]
+    assert {name: run["metadata"][name] for name in TOLD} == TOLD
+    names = (
+        "framework",
+        "task",
+        "queue",
+        "attempt",
+        "wait_s",
+        "previous_run_id",
+        "parent_task_id",
+        "user_group",
+    )
+    assert {name: run[name] for name in names} == {name: TOLD[name] for name in names}  # type: ignore[literal-required]
+    assert (run["eta"], run["reason"]) == ("2026-09-21T14:13:20.000+00:00", "")
+    assert run["error_type"] == "openai.APIError"
+    assert store.runs()[1]["attempt"] is None
+    [queue] = store.queues()
+    assert (queue["queue"], queue["wait_s"]["p95"]) == ("q", 1.5)
+    assert [(each["task"], each["cost_usd"]) for each in store.spend()] == [("tasks.t", 0.5), (None, None)]
+    assert [each["model"] for each in store.spend("model")] == ["gpt-4o", "embedder"]
+    assert [each["error_type"] for each in store.waste()["by_error"]] == ["openai.APIError"]
+    found, sums, waited = store.tree("r"), store.subtotal("r"), store.wait_of("r")
+    assert found is not None and sums is not None and waited is not None  # noqa: PT018
+    assert (found["runs"], sums["cost_usd"], waited["wait_s"]) == (1, 0.5, 1.5)
     stats = store.stats()
     assert (stats["calls"], stats["tokens_in"], stats["cost_unknown"]) == (3, 107, 1)
 
@@ -128,13 +170,15 @@ def test_a_run_goes_with_its_calls_after_that(old: Path) -> None:
 def test_what_goes_wrong_on_the_way_leaves_the_file_as_it_was(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk, say: the server does not start, and the next try finds version 1, whole."""
-    half, _, _ = migration._STEPS[1].partition("DROP TABLE calls_1")
-    monkeypatch.setitem(migration._STEPS, 1, f"{half}INSERT INTO no_such_table VALUES (1);\n")
+    """A full disk, say, in the last step: the server does not start, and the next try finds it whole."""
+    version, content = version_of(old), dump(old)
+    half, _, _ = migration._STEPS[2].partition("CREATE INDEX runs_spend")
+    monkeypatch.setitem(migration._STEPS, 2, f"{half}INSERT INTO no_such_table VALUES (1);\n")
     with pytest.raises(ConfigError, match="no such table"):
         Store(old)
     monkeypatch.undo()
-    assert version_of(old) == 1
+    assert version_of(old) == version
+    assert dump(old) == content
     with Store(old) as store:
         looks_as_now(store)
 
@@ -149,3 +193,62 @@ def test_a_damaged_one_is_put_aside_as_it_is(old: Path) -> None:
         assert store.runs() == []
     [aside] = old.parent.glob("runs.db.damaged-*[0-9]")
     assert aside.read_bytes() == damaged
+
+
+HOSTILE = [
+    "[]",
+    "null",
+    "7",
+    '"queue"',
+    "",
+    "{",
+    '{"attempt": "2", "wait_s": "1", "queue": 7, "eta": {"a": 1}}',
+    '{"attempt": 1e400, "wait_s": NaN, "queue": "q"}',
+    '{"attempt": -1, "wait_s": -1, "enqueued_at": 1e300, "task": ["t"]}',
+    '{"attempt": true, "wait_s": null, "framework": {"a": [[[]]]}}',
+    "[" * 5000,
+    '{"queue": "' + "q" * 70_000 + '"}',
+]
+
+
+def test_metadata_of_any_kind_is_brought_along(old: Path) -> None:
+    """What is no fact is not known, what is no JSON is left as it is, and nobody is kept from starting."""
+    with closing(sqlite3.connect(old)) as connection:
+        connection.executemany(
+            "INSERT INTO runs (run_id, started_at, source, metadata, error) VALUES (?, ?, 'ingest', ?, ?)",
+            [(f"h{n}", NOW - 100 - n, text, "no: " * n) for n, text in enumerate(HOSTILE)],
+        )
+        connection.commit()
+    with Store(old, read_only=True) as store:
+        before = (store.queues(), store.spend("attempt"), store.spend(), store.waste())
+    with Store(old) as store:
+        assert (store.queues(), store.spend("attempt"), store.spend(), store.waste()) == before
+    with closing(sqlite3.connect(old)) as connection:
+        kept = connection.execute("SELECT metadata FROM runs WHERE run_id LIKE 'h%' ORDER BY -started_at")
+        assert [row[0] for row in kept] == HOSTILE
+        told = connection.execute(
+            "SELECT max(attempt), max(wait_s) FROM runs WHERE run_id LIKE 'h%'"
+        ).fetchone()
+        assert told == (None, None)
+
+
+def test_a_large_one_is_brought_up_in_bounded_time(old: Path) -> None:
+    """Twenty thousand runs, each read once; trees and sums work on all of them then."""
+    with closing(sqlite3.connect(old)) as connection:
+        connection.executemany(
+            "INSERT INTO runs (run_id, known, started_at, source, metadata, trace_id, error, status, inputs)"
+            " VALUES (?, 1, ?, 'ingest', ?, 'trace', 'ValueError: x', 'error', ?)",
+            (
+                (f"b{n}", NOW + n, json.dumps(TOLD | {"attempt": n % 3 + 1}), json.dumps(["x" * 1000]))
+                for n in range(20_000)
+            ),
+        )
+        connection.commit()
+    began = time.monotonic()
+    with Store(old) as store:
+        assert time.monotonic() - began < 60
+        attempts = {each["attempt"]: each["runs"] for each in store.spend("attempt")}
+        assert attempts == {1: 6667, 2: 6667 + 1, 3: 6666, None: 1}
+        found = store.trace("trace")
+        assert found is not None
+        assert (found["runs"], found["truncated"]) == (20_000, True)

@@ -57,7 +57,7 @@ def tree(db: sqlite3.Connection, run_id: str) -> Tree | None:
         return None
     top = path[-1]
     if top["trace_id"]:
-        where, values = "trace_id = ?", [top["trace_id"]]
+        where, values = "trace_id = ? AND trace_id <> ''", [top["trace_id"]]
     else:
         where, values = _without_trace(top["root_run_id"] or top["run_id"])
     # those above come first: they are in the tree, and so is the run, however large it is

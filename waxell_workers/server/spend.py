@@ -51,11 +51,12 @@ _OF_CALLS = ", ".join(
 )
 _DEAREST = "cost_usd IS NULL, cost_usd DESC, coalesce(tokens_in, 0) + coalesce(tokens_out, 0) DESC, runs DESC"
 
+# `+`: by the index that has all columns, rather than the one that is in the order of the status
 _NAMES = f"""SELECT status, error_type, name FROM (
     SELECT status, error_type, name, row_number() OVER
         (PARTITION BY status, error_type ORDER BY cost IS NULL, cost DESC, runs DESC, name) AS place
     FROM (
-        SELECT status, error_type, coalesce(nullif(task, ''), agent_name) AS name,
+        SELECT +status AS status, error_type, coalesce(nullif(task, ''), agent_name) AS name,
             sum(cost_usd) AS cost, count(*) AS runs
         FROM runs WHERE {FAILED} AND started_at >= ? GROUP BY 1, 2, 3
     )
@@ -85,7 +86,7 @@ def waste(db: sqlite3.Connection, *, since: float, limit: int) -> Waste:
     """Return what failed attempts have cost, in all and by the error, the dearest first."""
     failed = f"FROM runs WHERE {FAILED} AND started_at >= ?"
     rows = db.execute(
-        f"SELECT * FROM (SELECT status, error_type, {TOTAL} {failed} GROUP BY 1, 2)"
+        f"SELECT * FROM (SELECT +status AS status, error_type, {TOTAL} {failed} GROUP BY 1, 2)"
         f" ORDER BY {_DEAREST}, status, error_type LIMIT ?",
         (since, limit),
     ).fetchall()
