@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.util
+import inspect
 import sys
 import time
 from pathlib import Path
@@ -441,7 +442,13 @@ WAYS = {
     "enqueue_at": lambda queue: queue.enqueue_at(datetime.datetime.now() + SOON, succeed),
     "enqueue_job": lambda queue: queue.enqueue_job(Job.create(succeed, connection=queue.connection)),
     "a pipeline": lambda queue: enqueue_by_pipeline(queue),
+    "schedule_job": lambda queue: queue.schedule_job(
+        Job.create(succeed, connection=queue.connection), datetime.datetime.now() + SOON
+    ),
 }
+if "unique" in inspect.signature(rq.Queue.enqueue_call).parameters:
+    WAYS["unique"] = lambda queue: queue.enqueue(succeed, job_id="only", unique=True)
+    WAYS["unique, later"] = lambda queue: queue.enqueue_in(SOON, succeed, job_id="only", unique=True)
 
 
 def enqueue_by_pipeline(queue):
@@ -688,6 +695,13 @@ def test_a_clock_that_is_ahead_is_no_negative_wait(redis, queue, records):
     assert started.metadata["clock_skew_s"] == pytest.approx(50, abs=20)
 
 
+def test_what_is_cancelled_before_it_starts_is_no_run(redis, queue, records):
+    """RQ takes such a job out of the queue: no worker hears of it."""
+    queue.enqueue(succeed).cancel()
+    work(redis)
+    assert records(RunStarted) == []
+
+
 # -- whom it is for ----------------------------------------------------------------------------
 
 
@@ -871,7 +885,9 @@ def test_a_dead_work_horse_s_job_is_tried_again(redis, queue, records):
         queue.enqueue(fail, retry=Retry(max=2))
     work(redis)
     with WaxellContext("around the worker"):
-        job = queue.enqueue(fail, retry=Retry(max=1), meta={"waxell": {"run": web.run_id, "previous": "p"}})
+        own = {"run": web.run_id, "previous": "p"}
+        plain = rq.Queue("q", connection=redis)
+        job = plain.enqueue(fail, retry=Retry(max=1), meta={"waxell": own})
         worker.handle_job_failure(job, queue, exc_string="gone")
     stored = Job.fetch(job.id, connection=redis)
     assert stored.meta["waxell"]["attempt"] == 2
@@ -966,9 +982,10 @@ def test_a_meta_that_cannot_be_read_is_left_alone(redis, queue, records):
 
 
 def test_a_time_at_the_end_of_times_is_none(redis, queue, records):
-    """Whatever date RQ takes, we take."""
+    """Whatever date RQ takes, we take; one that has no Unix time here is none."""
     job = queue.enqueue_at(datetime.datetime.max.replace(tzinfo=datetime.timezone.utc), succeed)
     assert "waxell" in job.meta
+    assert adapter._due(datetime.datetime.min) is None
 
 
 def test_where_it_is_switched_off_nothing_is_touched(redis, queue, monkeypatch):
