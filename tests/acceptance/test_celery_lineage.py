@@ -247,10 +247,10 @@ def test_protocol_1_tells_the_same(make):
     assert family(stage.trace_of("link", 3)) == {"root": [""], **FAMILIES["link"]}
 
 
-def test_beat_is_no_parent(make):
+def test_beat_is_no_parent(make, tmp_path):
     """`worker -B`: what beat sends is a root, names its entry, of two that send the same task, has its
     headers, and its wait is known."""
-    stage = make("--pool", "prefork", "--concurrency", "1", "-B", "-s", "schedule")
+    stage = make("--pool", "prefork", "--concurrency", "1", "-B", "-s", str(tmp_path / "schedule"))
     runs = await_(lambda: len(stage.server.ended()) >= 6 and stage.server.ended(), "six ticks")
     assert {run["tags"]["schedule"] for run in runs} == {"every 1 s", "every 1.5 s"}
     for run in runs:
