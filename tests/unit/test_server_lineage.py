@@ -24,6 +24,11 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 UNKNOWN: dict[str, Any] = {"tokens_in": None, "tokens_out": None, "cost_usd": None}
 
 
+NO_ATTEMPT: tuple[Any, ...] = ("2", 0, -1, 1.5, True, 2**60, 1e300, None, [1], {"a": 1})
+NO_WAIT: tuple[Any, ...] = ("1", -1, 1e300, True, None, [1.0], {"s": 1})
+NO_TIME: tuple[Any, ...] = ("now", -1, 1e300, [], {})
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store(tmp_path / "runs.db") as store:
@@ -305,9 +310,9 @@ class TestHostileTrees:
     @pytest.mark.parametrize(
         "metadata",
         [
-            *({"attempt": value} for value in ("2", 0, -1, 1.5, True, 2**60, 1e300, None, [1], {"a": 1})),
-            *({"wait_s": value} for value in ("1", -1, 1e300, True, None, [1.0], {"s": 1})),
-            *({"enqueued_at": value, "eta": value} for value in ("now", -1, 1e300, [], {})),
+            *({"attempt": value} for value in NO_ATTEMPT),
+            *({"wait_s": value} for value in NO_WAIT),
+            *({"enqueued_at": value, "eta": value} for value in NO_TIME),
             {name: {"a": [1]} for name in ("framework", "task", "queue", "parent_task_id", "linked_run_id")},
             dict.fromkeys(("framework", "task", "queue", "previous_run_id", "user_group"), 7),
             {"queue": "q\x00'\"", "task": "t" * 5000},
