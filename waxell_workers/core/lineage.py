@@ -19,7 +19,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -50,8 +49,7 @@ origin: ContextVar[Callable[[], Run | None] | None] = ContextVar("waxell_origin"
 _said: list[bool] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
+class Carried(msgspec.Struct, frozen=True):
     """What a message has carried, as far as it can be believed; empty what it has not."""
 
     enqueued_at: float | None = None
@@ -63,8 +61,8 @@ class Carried:
     session_id: str = ""
     user_id: str = ""
     user_group: str = ""
-    tags: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     trace: w3c.Trace | None = None
     """The place in a trace that `traceparent` tells."""
 
@@ -101,7 +99,8 @@ def outgoing(message: Mapping[str, Any], *, again: bool = False) -> dict[str, An
 
 def incoming(message: Mapping[str, Any]) -> Carried:
     """Return what a message has carried; whatever it is, this raises nothing."""
-    own = _plain(message.get(HEADER))
+    found = message.get(HEADER)
+    own: dict[str, Any] = found if type(found) is dict else {}
     mode = _text(own.get("mode"))
     return Carried(
         enqueued_at=_time(own.get("enqueued_at")),

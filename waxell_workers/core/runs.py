@@ -158,7 +158,8 @@ class Run:
             self.capture_content = outer.capture_content
         if self.parent_run_id is None and outer is not None and outer is not self:
             self._inherit(outer)
-        self.root_run_id = self.root_run_id or self.seen_as or self.run_id
+        if not self.root_run_id:
+            self.root_run_id = self.seen_as or self.run_id
         if not self.trace_id:
             self._join()
 
@@ -219,12 +220,13 @@ class Run:
 
     def _join(self) -> None:
         """Be part of the trace that OpenTelemetry is in, where it is in one; else of one of one's own."""
-        self.trace = self.trace or w3c.of_opentelemetry()
+        if self.trace is None:
+            self.trace = w3c.of_opentelemetry()
         if self.trace is not None:
             self.trace_id = self.trace.trace_id
-        elif w3c.is_trace_id(self.root_run_id):
+        elif self.root_run_id != self.run_id and w3c.is_trace_id(self.root_run_id):
             self.trace_id = self.root_run_id
-        elif not self.is_muted:
+        elif self._collector is not None:
             self.trace_id = self.run_id
 
     @property

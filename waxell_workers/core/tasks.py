@@ -416,7 +416,6 @@ def _metadata(task: Task, carried: lineage.Carried, mode: str) -> dict[str, Any]
     if enqueued_at is not None and enqueued_at > now + _CLOCKS_S:
         enqueued_at = None
     since = max(enqueued_at or 0.0, task.eta or 0.0)
-    linked = mode == "link"
     metadata = {
         "framework": task.framework,
         "task": task.name,
@@ -430,16 +429,18 @@ def _metadata(task: Task, carried: lineage.Carried, mode: str) -> dict[str, Any]
         "enqueued_at": enqueued_at,
         "eta": task.eta,
         "wait_s": round(max(0.0, now - since), 6) if since else None,
-        "clock_skew_s": round(since - now, 6) if since > now + _SKEW_S else None,
-        "parent_task_id": task.parent_task_id if mode == "parent" else "",
-        "root_task_id": task.root_task_id if mode == "parent" else "",
         "group_id": task.group_id,
         "previous_run_id": carried.previous_run_id,
-        "linked_run_id": carried.run_id if linked else "",
-        "linked_trace_id": carried.trace_id if linked else "",
-        **task.facts,
     }
-    return {key: value for key, value in metadata.items() if value not in (None, "")}
+    if since > now + _SKEW_S:
+        metadata["clock_skew_s"] = round(since - now, 6)
+    if mode == "parent":
+        metadata["parent_task_id"], metadata["root_task_id"] = task.parent_task_id, task.root_task_id
+    elif mode == "link":
+        metadata["linked_run_id"], metadata["linked_trace_id"] = carried.run_id, carried.trace_id
+    if task.facts:
+        metadata |= task.facts
+    return {key: value for key, value in metadata.items() if value is not None and value != ""}
 
 
 _host = socket.gethostname()

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+
+import msgspec
 
 from .content import is_interrupt
 
 TRACEPARENT = "traceparent"
 TRACESTATE = "tracestate"
 
-_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+_TRACEPARENT = re.compile(
+    r"(?!ff)([0-9a-f]{2})-((?!0{32})[0-9a-f]{32})-((?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL
+)
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 _KNOWN_FLAGS = 0b11
 """`sampled` and, of level 2, `random`; whoever passes a place on clears the others."""
+_USUAL_FLAGS = ("01", "00")
 _LONGEST = 512
 """Characters of a `traceparent` of a version to come that are looked at; today's has 55."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(msgspec.Struct, frozen=True):
     """A place in a trace."""
 
     trace_id: str
@@ -55,17 +59,17 @@ def read(traceparent: object, tracestate: object = None) -> Trace | None:
     if match is None:
         return None
     version, trace_id, span_id, flags, more = match.groups()
-    if version == "ff" or (version == "00" and more):
-        return None
-    if not is_trace_id(trace_id) or not int(span_id, 16):
+    if more and version == "00":
         return None
     known = type(tracestate) is str and _TRACESTATE.fullmatch(tracestate) is not None
-    return Trace(trace_id, span_id, f"{int(flags, 16) & _KNOWN_FLAGS:02x}", str(tracestate) if known else "")
+    if flags not in _USUAL_FLAGS:
+        flags = f"{int(flags, 16) & _KNOWN_FLAGS:02x}"
+    return Trace(trace_id, span_id, flags, str(tracestate) if known else "")
 
 
 def is_trace_id(value: object) -> bool:
     """True for 32 hexadecimal digits in lower case that are not all 0."""
-    return type(value) is str and re.fullmatch(r"[0-9a-f]{32}", value) is not None and int(value, 16) > 0
+    return type(value) is str and _TRACE_ID.fullmatch(value) is not None
 
 
 def of_opentelemetry() -> Trace | None:
