@@ -159,7 +159,7 @@ class Run:
         if self.parent_run_id is None and outer is not None and outer is not self:
             self._inherit(outer)
         if not self.root_run_id:
-            self.root_run_id = self.seen_as or self.run_id
+            self.root_run_id = self.run_id if self._collector is not None else self.seen_as or MUTED
         if not self.trace_id:
             self._join()
 
@@ -220,10 +220,11 @@ class Run:
 
     def _join(self) -> None:
         """Be part of the trace that OpenTelemetry is in, where it is in one; else of one of one's own."""
-        if self.trace is None:
-            self.trace = w3c.of_opentelemetry()
-        if self.trace is not None:
-            self.trace_id = self.trace.trace_id
+        trace = self.trace
+        if trace is None:
+            trace = self.trace = w3c.of_opentelemetry()
+        if trace is not None:
+            self.trace_id = trace.trace_id
         elif self.root_run_id != self.run_id and w3c.is_trace_id(self.root_run_id):
             self.trace_id = self.root_run_id
         elif self._collector is not None:
