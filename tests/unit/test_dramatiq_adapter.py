@@ -701,6 +701,37 @@ def test_attempts_are_one_story(records, place, sender):
     )
 
 
+@pytest.mark.parametrize("eta", [10**400, -1, True, float("nan")], ids=["huge", "negative", "bool", "nan"])
+def test_an_eta_that_is_no_time(records, broker, caplog, eta):
+    """What nobody can wait for is not ours to say; the consumer's hook fails at nothing."""
+    message = dramatiq.broker.MessageProxy(dramatiq.Message("default", "task", (), {}, {"eta": eta}))
+    broker.emit_before("delay_message", message)
+    assert list(message.options) == ["eta"]
+    assert "WaxellMiddleware" not in caplog.text
+
+
+def test_who_sends_a_dead_letter_again(records, broker):
+    """It has waited from then on, also if it was delayed once; it keeps its parent."""
+    fails = [True]
+
+    @dramatiq.actor(broker=broker, max_retries=0)
+    def task():
+        if fails:
+            raise ValueError(fails.pop())
+
+    with WaxellContext("web") as run:
+        task.send_with_options(delay=50)
+    work(broker)
+    [dead] = broker.dead_letters
+    sent = time.time()
+    broker.enqueue(dead.copy())
+    work(broker)
+    first, second = starts_of(records, "task")
+    assert first.metadata["enqueued_at"] < sent <= second.metadata["enqueued_at"]
+    assert "eta" not in second.metadata
+    assert second.parent_run_id == first.parent_run_id == run.run_id
+
+
 def test_options_of_the_user_s_own_stay_his(records, broker):
     """A dict that messages share is as it was; each message has the lineage of where it was enqueued."""
 
@@ -885,7 +916,8 @@ def test_what_a_stranger_writes_is_never_fatal(records, broker, caplog, header, 
     assert {start.parent_run_id for start in starts} == {""}
     assert starts[1].metadata["previous_run_id"] == starts[0].run_id
     assert [start.metadata.get("wait_s", 0) >= 0 for start in starts] == [True, True]
-    assert "group_id" not in starts[0].metadata
+    assert starts[0].metadata["enqueued_at"] == message.message_timestamp / 1000
+    assert {"group_id", "parent_task_id"}.isdisjoint(starts[0].metadata)
     assert "WaxellMiddleware" not in caplog.text
     [dead] = broker.dead_letters
     assert dead.options["mine"] == 1
