@@ -406,6 +406,19 @@ def test_a_page_is_live_while_anything_of_its_trace_runs(store: Store) -> None:
     assert "data-live" not in get(store, "/runs/r").text
 
 
+def test_a_large_trace_is_folded_and_refreshed_less_often(store: Store) -> None:
+    """Given a large trace in which one run goes on, when one is shown, then its tree is folded and live."""
+    ends = [ended(f"c{n:04}") for n in range(600)]
+    starts = [started(f"c{n:04}", NOW + n, parent_run_id="top") for n in range(600)]
+    send(store, started("top"), ended("top"), *starts, *ends, started("last", NOW + 900, parent_run_id="top"))
+    page = Page(get(store, "/runs/top").text)
+    assert ("div", "data-live", "10") in page.attributes
+    assert ("details", "id", "trace") in page.attributes
+    assert "/runs/last" not in page.links()
+    send(store, ended("last"))
+    assert "data-live" not in get(store, "/runs/top").text
+
+
 def test_a_very_large_trace_says_what_is_not_shown(store: Store) -> None:
     """Given more runs than fit, when a late one is shown, then it is there with its parents."""
     children = [started(f"c{n:04}", NOW + n, parent_run_id="top", trace_id="b" * 32) for n in range(1200)]
@@ -445,7 +458,7 @@ def test_relatives_beyond_the_tree_are_links_if_they_are_stored(store: Store) ->
     words = Page(section(html, "Facts")).words()
     for expected in (
         *("parent task extract success t-before", "attempt before gone not stored here"),
-        *("linked to the origin success", "depends on extract success t-before t-gone not stored here"),
+        *("enqueued by the origin success", "depends on extract success t-before t-gone not stored here"),
         *("schedule nightly", "group_id g-1", "linked_trace_id cccc"),
     ):
         assert expected in words, expected

@@ -21,10 +21,10 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from .api import AT_ONCE
-from .model import RUNNING, Group, RunDetail, RunSummary, Spend, Total
+from .model import RUNNING, Group, RunDetail, RunSummary, Spend, Total, Tree
 from .queries import Extent
 from .store import Store
-from .tree import RunRow, run_rows, span_rows
+from .tree import run_rows, span_rows
 from .views import FILTERS, is_texts
 
 PAGE_SIZE = 50
@@ -147,7 +147,7 @@ class Pages:
         return self._page(
             "run.html",
             run=run,
-            live=_goes_on(run, group, rows),
+            live=_goes_on(run, group, tree),
             every_s="" if len(rows) <= _FOLDED else 10,
             totals=totals,
             span_rows=span_rows(run["spans"]),
@@ -229,10 +229,10 @@ def _since_ms(moment: str) -> float:
     return (time.time() - datetime.fromisoformat(moment).timestamp()) * 1000
 
 
-def _goes_on(run: RunDetail, group: Group | None, rows: list[RunRow]) -> bool:
+def _goes_on(run: RunDetail, group: Group | None, tree: Tree | None) -> bool:
     """Tell whether anything that the page of a run shows may change."""
-    shown = [run["status"], *(row.run["status"] for row in rows), *([group["final_state"]] if group else [])]
-    return RUNNING in shown
+    final = group["final_state"] if group else ""
+    return RUNNING in (run["status"], final) or (tree is not None and tree["duration_ms"] is None)
 
 
 def _total(rows: list[Spend]) -> Total:
