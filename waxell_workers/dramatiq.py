@@ -271,7 +271,7 @@ def _failed(broker: Broker, here: _Processing, exception: BaseException) -> tupl
         return "interrupted", "interrupted: the worker was told to stop"
     if type(exception).__name__ == "Abort" and _is_of(_ABORTS, type(exception).__module__):
         return "revoked", "revoked: aborted by user"
-    return "interrupted", ""
+    return "interrupted", f"interrupted: {type(exception).__name__} went through the actor"
 
 
 def _again(broker: Broker, message: Message[Any], delay: int | None) -> str:

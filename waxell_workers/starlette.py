@@ -258,7 +258,11 @@ class _Request:
     def end(self, attempt: tasks.Attempt, error: BaseException | None) -> None:
         """Close the run of a task; its flush is the request's."""
         described = {} if error is None else attempt.run.describe(error)
-        tasks.close(attempt, state_of(error), **described)
+        state = state_of(error)
+        reason = (
+            f"interrupted: {type(error).__name__} went through the task" if state == "interrupted" else ""
+        )
+        tasks.close(attempt, state, reason=reason, **described)
         if attempt.flush == "task":
             self._collector = attempt.collector
             self._flush_timeout = max(self._flush_timeout, attempt.flush_timeout)

@@ -6,6 +6,7 @@ from functools import cache
 
 from celery import Celery
 
+import waxell_workers.celery  # noqa: F401  Celery's messages do not say when they were sent: this adds it
 from waxell_workers.testing.conformance import Expected, Mode, Site, Worker, witness
 from waxell_workers.testing.conformance.driver import (
     CHILD,
@@ -16,9 +17,10 @@ from waxell_workers.testing.conformance.driver import (
     RETRY,
     SOFT_LIMIT,
     THREADS,
+    WAITS,
 )
 
-EVERYWHERE = frozenset({RETRY, ENQUEUE, OUTLIVES})
+EVERYWHERE = frozenset({RETRY, ENQUEUE, WAITS, OUTLIVES})
 PROCESSES = EVERYWHERE | {CHILD, SOFT_LIMIT, HARD_LIMIT, RECYCLE}
 ENDED = re.compile(r"Task scenarios\.\w+\[(?P<id>[0-9a-f-]+)\] (?P<end>(?!received).*)")
 OUTCOME = re.compile(r"(succeeded|raised unexpected: .*|retry: .*|ignored|reject .*|Soft time limit.*)")
@@ -43,8 +45,8 @@ class CeleryDriver:
         Mode("solo", EVERYWHERE, slots=1),
     )
     controls = {
-        "Ignore": Expected("ignored", "ignored"),
-        "Reject": Expected("rejected", "reject requeue=False: not today"),
+        "Ignore": Expected("ignored", "ignored", "ignored: the task asked for it"),
+        "Reject": Expected("rejected", "reject requeue=False: not today", "rejected, dropped"),
     }
     soft_limit_error = "SoftTimeLimitExceeded"
     failed = "raised unexpected: ValueError('the answer has 30 characters')"

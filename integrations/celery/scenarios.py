@@ -100,3 +100,11 @@ def enqueue(marker: str, child_marker: str) -> None:
     """Call the model, then enqueue another task."""
     call(marker)
     ask.apply_async((child_marker,), queue=os.environ["QUEUE"])
+
+
+@app.task
+def enqueue_for(marker: str, child_marker: str) -> None:
+    """The same, on behalf of somebody."""
+    call(marker)
+    with witness.on_behalf(marker):
+        ask.apply_async((child_marker,), queue=os.environ["QUEUE"])

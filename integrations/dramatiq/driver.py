@@ -17,9 +17,10 @@ from waxell_workers.testing.conformance.driver import (
     RETRY,
     SOFT_LIMIT,
     THREADS,
+    WAITS,
 )
 
-EVERYWHERE = frozenset({RETRY, SOFT_LIMIT, ENQUEUE, OUTLIVES, THREADS})
+EVERYWHERE = frozenset({RETRY, SOFT_LIMIT, ENQUEUE, WAITS, OUTLIVES, THREADS})
 ENDED = re.compile(r"^(?:acknowledged|rejected) (?P<id>[0-9a-f-]+) (?P<end>.*)$", re.MULTILINE)
 READY = "Worker process is ready for action."
 PROCESSES = 2
@@ -46,12 +47,14 @@ class DramatiqDriver:
         Mode("gevent", EVERYWHERE, slots=4),
     )
     controls = {
-        "Retry": Expected("retry", "raised Retry: not today"),
-        "RateLimitExceeded": Expected("retry", "raised RateLimitExceeded: not today"),
-        "SkipMessage": Expected("ignored", "skipped"),
-        "Shutdown": Expected("interrupted", "raised Shutdown: not today"),
+        "Retry": Expected("retry", "raised Retry: not today", "retry: attempt 2 in "),
+        "RateLimitExceeded": Expected("retry", "raised RateLimitExceeded: not today", "retry: attempt 2 in "),
+        "SkipMessage": Expected("ignored", "skipped", "ignored: skipped by its actor"),
+        "Shutdown": Expected(
+            "interrupted", "raised Shutdown: not today", "interrupted: the worker was told to stop"
+        ),
         "TimeLimitExceeded": Expected("error", "raised TimeLimitExceeded: not today"),
-        "SystemExit": Expected("interrupted", "raised SystemExit: not today"),
+        "SystemExit": Expected("interrupted", "raised SystemExit: not today", "interrupted: SystemExit "),
     }
     failed = "raised ValueError: the answer has 30 characters"
     soft_limit_error = "TimeLimitExceeded"

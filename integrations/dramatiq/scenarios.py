@@ -152,3 +152,11 @@ def enqueue(marker: str, child_marker: str) -> None:
     """Call the model, then enqueue another message."""
     call(marker)
     ask.send(child_marker)
+
+
+@dramatiq.actor(queue_name=QUEUE, max_retries=0)
+def enqueue_for(marker: str, child_marker: str) -> None:
+    """The same, on behalf of somebody."""
+    call(marker)
+    with witness.on_behalf(marker):
+        ask.send(child_marker)

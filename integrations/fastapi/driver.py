@@ -30,7 +30,7 @@ class FastAPIDriver:
         "HTTPException": Expected(
             "error", "RuntimeError: Caught handled exception, but response already started."
         ),
-        "CancelledError": Expected("interrupted", "CancelledError: not today"),
+        "CancelledError": Expected("interrupted", "CancelledError: not today", "interrupted: "),
     }
     failed = "ValueError: the answer has 30 characters"
     soft_limit_error = ""

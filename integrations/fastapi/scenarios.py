@@ -103,6 +103,13 @@ def enqueue(marker: str, child_marker: str, background_tasks: BackgroundTasks) -
     background_tasks.add_task(ask, child_marker)
 
 
+def enqueue_for(marker: str, child_marker: str, background_tasks: BackgroundTasks) -> None:
+    """The same, on behalf of somebody."""
+    call(marker)
+    with witness.on_behalf(marker):
+        background_tasks.add_task(ask, child_marker)
+
+
 # -- the app -----------------------------------------------------------------------------------
 
 
@@ -116,6 +123,12 @@ async def post_ask(arguments: Arguments, background_tasks: BackgroundTasks) -> N
 def post_enqueue(arguments: Arguments, background_tasks: BackgroundTasks) -> None:
     """Add a task that adds another, in a sync endpoint."""
     background_tasks.add_task(enqueue, *arguments, background_tasks)
+
+
+@desk.app.post("/scenarios/enqueue_for", status_code=202)
+def post_enqueue_for(arguments: Arguments, background_tasks: BackgroundTasks) -> None:
+    """The same, on behalf of somebody."""
+    background_tasks.add_task(enqueue_for, *arguments, background_tasks)
 
 
 @desk.app.post("/scenarios/{name}")

@@ -16,9 +16,10 @@ from waxell_workers.testing.conformance.driver import (
     RECYCLE,
     RETRY,
     SOFT_LIMIT,
+    WAITS,
 )
 
-EVERYWHERE = frozenset({RETRY, ENQUEUE, OUTLIVES, SOFT_LIMIT})
+EVERYWHERE = frozenset({RETRY, ENQUEUE, WAITS, OUTLIVES, SOFT_LIMIT})
 HORSES = EVERYWHERE | {CHILD, RECYCLE}
 STARTED = re.compile(r"Worker (?:rq:worker:)?([\w-]+):? started with PID")
 CLASSES = {"worker": "Worker", "pool": "Worker", "simple": "SimpleWorker", "spawn": "SpawnWorker"}
@@ -44,7 +45,7 @@ class RQDriver:
     )
     controls = {
         "JobTimeoutException": Expected("error", "failed: rq.timeouts.JobTimeoutException: not today"),
-        "SystemExit": Expected("interrupted", "failed: SystemExit: not today"),
+        "SystemExit": Expected("interrupted", "failed: SystemExit: not today", "interrupted: SystemExit "),
     }
     soft_limit_error = "rq.timeouts.JobTimeoutException"
     failed = "failed: ValueError: the answer has 30 characters"

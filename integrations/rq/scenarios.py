@@ -89,3 +89,10 @@ def enqueue(marker: str, child_marker: str) -> None:
     """Call the model, then enqueue another job."""
     call(marker)
     tasks.queue.enqueue(ask, child_marker)
+
+
+def enqueue_for(marker: str, child_marker: str) -> None:
+    """The same, on behalf of somebody."""
+    call(marker)
+    with witness.on_behalf(marker):
+        tasks.queue.enqueue(ask, child_marker)

@@ -27,6 +27,8 @@ THREADS = "threads"
 """Several tasks share one process: threads or greenlets."""
 ENQUEUE = "enqueue"
 """A task can enqueue another."""
+WAITS = "waits"
+"""Tasks wait in a broker for a worker that has not been started yet."""
 OUTLIVES = "outlives"
 """The shipper is a process of its own: it delivers after a SIGKILL of the worker's whole tree."""
 
@@ -90,6 +92,8 @@ class Expected:
     """One of `records.STATES`."""
     outcome: str
     """What `Driver.outcome` returns for it."""
+    reason: str = ""
+    """What our run says of why it ended so, in words, or how that begins."""
 
 
 class Driver(Protocol):

@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -133,6 +134,11 @@ class Server:
             "task_id": "task_id",
             "status": "status",
             "error": "error",
+            "reason": "reason",
+            "at": "started_at",
+            "session": "session_id",
+            "user": "user_id",
+            "tags": "tags",
             "metadata": "metadata",
             "traceback": "traceback",
             "parent": "parent_run_id",
@@ -146,13 +152,18 @@ class Server:
         rows = self._rows(f"SELECT {', '.join(columns.values())} FROM runs")
         runs = [dict(zip(columns, row, strict=True)) for row in rows]
         for run in runs:
-            run["metadata"] = json.loads(run["metadata"])
+            run["metadata"], run["tags"] = json.loads(run["metadata"]), json.loads(run["tags"])
             run["task_id"] = run["task_id"] or run["metadata"].get("task_id", "")
             run["markers"] = []
         by_id = {run["run_id"]: run for run in runs}
         for run_id, model in calls:
             by_id[run_id]["markers"].append(model)
         return runs
+
+    def get(self, path: str) -> Any:
+        """Return what the server's JSON API answers."""
+        with urllib.request.urlopen(self.url + path, timeout=START_S) as response:
+            return json.load(response)
 
     def ended(self) -> list[dict[str, Any]]:
         """Return the runs that have ended."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import signal
 import statistics
+import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from .driver import (
     RETRY,
     SOFT_LIMIT,
     THREADS,
+    WAITS,
 )
 from .faults import FaultyProxy
 from .plugin import Cell, Kind
@@ -32,6 +35,7 @@ RECYCLED = 12
 LIMIT_S = 4
 """A time limit that leaves a busy machine the time for the call that comes first."""
 CROWD = 1000
+LATE_S = 1.5
 FAULTS = {"refuse": {}, "503": {}, "hang": {}, "reset": {"where": "body"}}
 FLUSHED = {"globally": ("task", "look_then_ask"), "by its options": ("periodic", "look_then_ask_and_flush")}
 PROMISED_RATIO = 1.2
@@ -140,7 +144,8 @@ def test_a_task_that_is_killed_keeps_its_call(cell: Cell) -> None:
         cell.after_kill(worker)
     run = cell.await_run("dying")
     assert run["status"] == "killed"
-    assert ("SIGKILL" if cell.can(CHILD) else "ProcessDied") in run["error"]
+    why = "signal 9, probably out of memory" if cell.can(CHILD) else "the process died without a word"
+    assert run["reason"] == f"killed: {why}"
     if lives_on:
         worker.send("ask", "survivor")
         assert cell.await_run("survivor")["status"] == "success"
@@ -165,7 +170,7 @@ def test_a_hard_time_limit_leaves_a_killed_run(cell: Cell) -> None:
     worker.send("ask_then_sleep", "slow", 60, hard_limit_s=LIMIT_S)
     run = cell.await_run("slow")
     assert run["status"] == "killed"
-    assert "limit" in run["error"]
+    assert run["reason"] == f"killed: hard time limit of {LIMIT_S} s"
 
 
 # -- 2: what became of a task ------------------------------------------------------------------
@@ -188,7 +193,10 @@ def test_every_outcome_has_its_state(cell: Cell) -> None:
     assert run["inputs"] == "{}", "arguments are content"
     assert cell.driver.outcome(worker, failed) == cell.driver.failed
     for name, expected in cell.driver.controls.items():
-        assert cell.await_run(f"control-{name}")["status"] == expected.state, name
+        run = cell.await_run(f"control-{name}")
+        assert run["status"] == expected.state, name
+        assert run["reason"].startswith(expected.reason), name
+        assert expected.state == "error" or run["reason"], f"{name}: no word of why"
         assert cell.driver.outcome(worker, controlled[name]) == expected.outcome
 
 
@@ -207,6 +215,26 @@ def test_retries_are_runs_of_one_task(cell: Cell) -> None:
         failures = {run["metadata"]["attempt"]: run["error"] for run in runs if run["status"] != "success"}
         for attempt, error in failures.items():
             assert error == f"ConnectionError: attempt {attempt} failed"
+        _one_story(cell, runs, last)
+
+
+def _one_story(cell: Cell, runs: list[dict[str, Any]], last: str) -> None:
+    """The attempts are one group at the server: each knows the one before; what failed has its price."""
+    attempts = sorted(runs, key=lambda run: run["metadata"]["attempt"])
+    ids = [run["run_id"] for run in attempts]
+    assert [run["metadata"].get("previous_run_id") for run in attempts] == [None, *ids[:-1]]
+    assert {run["parent"] for run in attempts} == {""}, "an attempt is no child of the one before"
+    assert {run["root"] for run in attempts} == {ids[0]}
+    assert len({run["trace"] for run in attempts}) == 1
+    assert all(run["reason"].startswith("retry: ") for run in attempts[:-1])
+    group = cell.server.get(f"/api/tasks/{attempts[0]['task_id']}")
+    assert [(run["run_id"], run["attempt"], run["delivery"]) for run in group["runs"]] == [
+        (run_id, number, 1) for number, run_id in enumerate(ids, 1)
+    ]
+    assert group["final_state"] == last
+    failed = 2 if last == "success" else 3
+    assert (group["calls"], group["failed"]["calls"]) == (3, failed)
+    assert group["failed"]["tokens_in"] * 3 == group["tokens_in"] * failed, "each attempt asks the same"
 
 
 # -- 4: a sick server --------------------------------------------------------------------------
@@ -390,6 +418,55 @@ def test_a_task_that_another_enqueues_is_its_child(cell: Cell) -> None:
     assert child["root"] == parent["root"] == parent["run_id"]
     assert child["trace"] == parent["trace"]
     assert child["metadata"]["wait_s"] >= 0
+    tree = cell.server.get(f"/api/runs/{child['run_id']}/tree")
+    (root,) = tree["tree"]
+    assert root["run_id"] == parent["run_id"]
+    assert [node["run_id"] for node in root["children"]] == [child["run_id"]]
+    assert (root["subtotal"]["runs"], root["subtotal"]["calls"]) == (2, 2)
+
+
+@pytest.mark.needs(ENQUEUE)
+def test_for_whom_a_task_works_travels_to_its_children(cell: Cell) -> None:
+    """Session, user, tag and metadata of a context are those of what is enqueued in it."""
+    worker = cell.worker()
+    worker.start()
+    worker.send("enqueue_for", "parent", "child")
+    child, parent = cell.await_run("child"), cell.await_run("parent")
+    assert (child["session"], child["user"]) == ("s-parent", "u-parent")
+    assert child["tags"] == {"tenant": "acme"}
+    assert child["metadata"]["plan"] == "gold"
+    assert (parent["session"], parent["user"], parent["tags"]) == ("", "", {})
+    assert child["root"] == parent["run_id"]
+
+
+@pytest.mark.needs(ENQUEUE)
+@pytest.mark.parametrize("mode", ["link", "none"])
+def test_a_task_can_be_connected_by_less(cell: Cell, mode: str) -> None:
+    """With `propagate`, a task begins a trace of its own, which names the other one, or does not."""
+    worker = cell.worker(WAXELL_PROPAGATE=mode)
+    worker.start()
+    worker.send("enqueue_for", "parent", "child")
+    child, parent = cell.await_run("child"), cell.await_run("parent")
+    assert (child["parent"], child["root"]) == ("", child["run_id"])
+    assert child["trace"] != parent["trace"]
+    linked = child["metadata"].get("linked_trace_id")
+    assert (linked, child["session"]) == ((parent["trace"], "s-parent") if mode == "link" else (None, ""))
+    assert child["metadata"]["wait_s"] >= 0
+
+
+@pytest.mark.needs(WAITS)
+def test_how_long_a_task_has_waited_is_known(cell: Cell) -> None:
+    """A task that is enqueued before its worker has started has waited for that."""
+    worker = cell.worker()
+    worker.send("ask", "waiting")
+    time.sleep(LATE_S)
+    worker.start()
+    run = cell.await_run("waiting")
+    assert run["metadata"]["wait_s"] >= LATE_S
+    assert run["metadata"]["enqueued_at"] + run["metadata"]["wait_s"] == pytest.approx(run["at"], abs=0.1)
+    (queue,) = cell.server.get("/api/queues")
+    assert (queue["framework"], queue["runs"]) == (cell.driver.framework, 1)
+    assert queue["wait_s"]["max"] == pytest.approx(run["metadata"]["wait_s"])
 
 
 def test_content_is_recorded_where_it_is_asked_for(cell: Cell) -> None:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from waxell_workers import WaxellContext
 
 
 class Note(NamedTuple):
@@ -40,6 +44,17 @@ def notes(path: Path, event: str) -> list[Note]:
         return []
     lines = (line.split(" ", 2) for line in path.read_text().splitlines())
     return [Note(name, float(at), marker) for name, at, marker in lines if name == event]
+
+
+@contextmanager
+def on_behalf(marker: str) -> Iterator[None]:
+    """Be in a context in which it is known for whom is worked."""
+    context = WaxellContext(
+        "on behalf", session_id=f"s-{marker}", user_id=f"u-{marker}", metadata={"plan": "gold"}
+    )
+    with context as run:
+        run.set_tag("tenant", "acme")
+        yield
 
 
 def runs_ended_at_server() -> int:
