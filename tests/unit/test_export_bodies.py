@@ -184,3 +184,24 @@ def test_a_span_names_the_tools_that_were_asked_for() -> None:
     assert span["attributes"]["waxell.tool_calls"] == asked
     assert span["attributes"]["waxell.tokens_cache_written"] == 5
     assert "waxell.tool_calls" not in bodies.llm_span(call(), started(), 1)["attributes"]
+
+
+def test_what_a_run_was_born_with_is_in_its_start_and_its_end() -> None:
+    """Tags and ambient metadata are there from the start; the run's own metadata counts above that."""
+    born = started(tags={"tenant": "acme", "a": 0}, ambient={"plan": "pro", "queue": "outer's"})
+    body = bodies.start(born)
+    assert (body["metadata"]["plan"], body["metadata"]["queue"]) == ("pro", "q")
+    assert body["metadata"]["waxell"]["tags"] == {"tenant": "acme", "a": 0}
+    update = RunUpdated(id="u", at=AT, run_id="r", tags={"a": 1}, metadata={"plan": "free"})
+    folded = bodies.fold(bodies.fold(born, update), update)
+    assert bodies.start(folded)["metadata"]["plan"] == "free"
+    ours = bodies.complete(folded, ended())["result"]["waxell"]
+    assert ours["tags"] == {"tenant": "acme", "a": 1}
+    assert "tags" not in bodies.start(born, bare=True)["metadata"]["waxell"], (
+        "content goes where it is left out"
+    )
+
+
+def test_the_reason_of_an_end_is_told() -> None:
+    end = ended(state="killed", reason="killed: stopped by user")
+    assert bodies.complete(started(), end)["result"]["waxell"]["reason"] == "killed: stopped by user"
