@@ -12,7 +12,7 @@ import pytest
 import rq
 from redis import Redis
 from rq.command import send_stop_job_command
-from rq.job import Job, Retry
+from rq.job import Retry
 from rq.registry import StartedJobRegistry
 
 from tests.harness import ROOT, await_
@@ -221,14 +221,15 @@ def test_a_callback_is_part_of_the_run(make_rq_worker, server, how, hook):
 def test_a_stopped_job_s_callback_is_not(make_rq_worker, server):
     """A stopped callback runs in the worker, once the work-horse is gone: its call is outside any run."""
     worker = make_rq_worker()
+    job_id = f"job-of-{worker.site.queue}"
     run_script(
         worker,
         "import tasks, rq_jobs, scenarios\n"
-        "tasks.queue.enqueue(scenarios.ask_then_sleep, 'm', 60, on_stopped=rq_jobs.CALL_BACK)\n",
+        "how = dict(job_id='job-of-' + tasks.queue.name, on_stopped=rq_jobs.CALL_BACK)\n"
+        "tasks.queue.enqueue(scenarios.ask_then_sleep, 'm', 60, **how)\n",
     )
     worker.start()
     worker.wait_noted("body")
-    [job_id] = [each.id for each in started_jobs(worker)]
     send_stop_job_command(Redis.from_url(worker.site.broker_url), job_id)
     [stopped] = ended_runs(server, "m")
     assert stopped["reason"] == "killed: stopped by user"
@@ -236,12 +237,6 @@ def test_a_stopped_job_s_callback_is_not(make_rq_worker, server):
     worker.wait_noted("called")
     [outside] = ended_runs(server, "m-callback")
     assert (outside["workflow_name"], outside["task_id"]) == ("auto", "")
-
-
-def started_jobs(worker):
-    queue = queue_of(worker)
-    ids = StartedJobRegistry(queue.name, connection=queue.connection).get_job_ids(cleanup=False)
-    return [Job.fetch(job_id, connection=queue.connection) for job_id in ids]
 
 
 @pytest.mark.skipif(not hasattr(rq, "Repeat"), reason="RQ 2.2 has it first")
