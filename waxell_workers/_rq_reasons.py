@@ -26,7 +26,7 @@ def of_error(error: BaseException, state: str, *, told_to_stop: bool) -> str:
         return ""
     said = error.args[0] if error.args else None
     limit = _LIMIT.search(said) if type(said) is str else None
-    return "" if limit is None else f"time limit of {limit[1]} s"
+    return "" if limit is None else f"error: time limit of {limit[1]} s"
 
 
 def of_retry(number: int, of: int, interval_s: float) -> str:

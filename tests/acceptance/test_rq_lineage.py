@@ -132,7 +132,7 @@ def test_every_way_to_enqueue_is_one_story(make_rq_worker, server):
         ("SIGSEGV", "killed", "killed: signal 11 (SIGSEGV), a crash in native code"),
         ("SIGTERM", "killed", "killed: signal 15 (SIGTERM)"),
         ("exit", "killed", "killed: the work-horse ended with status 3"),
-        ("late", "error", "time limit of 2 s"),
+        ("late", "error", "error: time limit of 2 s"),
         ("fails", "error", ""),
     ],
 )

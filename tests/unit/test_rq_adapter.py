@@ -847,7 +847,7 @@ def be_limited():
         (succeed, ""),
         (fail, ""),
         (be_interrupted, ""),  # the words are the user's
-        (be_limited, "time limit of 7 s"),
+        (be_limited, "error: time limit of 7 s"),
         (leave, "interrupted: SystemExit went through the job"),
     ],
 )
@@ -863,7 +863,7 @@ def test_a_callback_s_time_limit_is_its_own(redis, queue, records):
     queue.enqueue(succeed, job_timeout=100, on_success=Callback(be_late))
     work(redis)
     [end] = records(RunEnded)
-    assert (end.state, end.reason) == ("error", "time limit of 5 s")
+    assert (end.state, end.reason) == ("error", "error: time limit of 5 s")
 
 
 def test_a_second_sigterm_in_a_simple_worker_is_the_reason(redis, queue, records):

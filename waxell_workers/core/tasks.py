@@ -432,8 +432,8 @@ def _metadata(task: Task, carried: lineage.Carried, mode: str) -> dict[str, Any]
         "group_id": task.group_id,
         "previous_run_id": carried.previous_run_id,
     }
-    if since > now + _SKEW_S:
-        metadata["clock_skew_s"] = round(since - now, 6)
+    if enqueued_at is not None and enqueued_at > now + _SKEW_S:  # an eta may lie ahead: schedulers round
+        metadata["clock_skew_s"] = round(enqueued_at - now, 6)
     if mode == "parent":
         metadata["parent_task_id"], metadata["root_task_id"] = task.parent_task_id, task.root_task_id
     elif mode == "link":
