@@ -214,7 +214,7 @@ def test_what_failed_a_message_is_not_always_its_age(records):
         (SkipMessage("no"), {}, ["ignored: skipped by its actor"]),
         (TimeLimitExceeded("no"), {"max_retries": 0}, [""]),
         (Shutdown("no"), {"max_retries": 0}, ["interrupted: the worker was told to stop"]),
-        (SystemExit("no"), {"max_retries": 0}, [""]),
+        (SystemExit("no"), {"max_retries": 0}, ["interrupted: SystemExit went through the actor"]),
     ],
 )
 def test_ends_in_words(records, place, error, allowed, expected):
