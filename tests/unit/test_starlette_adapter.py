@@ -574,6 +574,34 @@ def test_a_request_is_in_its_client_s_trace(records):
 
 
 @pytest.mark.parametrize("endpoint", ["sync", "async"])
+def test_a_request_is_in_opentelemetry_s_trace(records, endpoint):
+    """Somebody's own instrumentation has a span around the request: the message carries that span."""
+    tracer = pytest.importorskip("opentelemetry.sdk.trace").TracerProvider().get_tracer("server's")
+    messages, spans = [], []
+
+    class Traced:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            with tracer.start_as_current_span("request") as span:
+                spans.append(span.get_span_context())
+                await self.app(scope, receive, send)
+
+    def sync(request):
+        messages.append(enqueue())
+        return PlainTextResponse("ok")
+
+    async def asynchronous(request):
+        return sync(request)
+
+    call(application(sync if endpoint == "sync" else asynchronous, Middleware(Traced), OURS))
+    [run], [span], [message] = records(RunStarted), spans, messages
+    assert run.trace_id == message[lineage.HEADER]["trace"] == f"{span.trace_id:032x}"
+    assert message["traceparent"] == f"00-{run.trace_id}-{span.span_id:016x}-01"
+
+
+@pytest.mark.parametrize("endpoint", ["sync", "async"])
 @pytest.mark.parametrize("enqueues", ["before", "after"])
 def test_a_request_that_enqueues_is_its_tasks_parent(records, endpoint, enqueues):
     """Whether the message or the task comes first; and the request's run ends after its tasks."""
