@@ -598,7 +598,7 @@ def test_a_request_is_in_opentelemetry_s_trace(records, endpoint):
     call(application(sync if endpoint == "sync" else asynchronous, Middleware(Traced), OURS))
     [run], [span], [message] = records(RunStarted), spans, messages
     assert run.trace_id == message[lineage.HEADER]["trace"] == f"{span.trace_id:032x}"
-    assert message["traceparent"] == f"00-{run.trace_id}-{span.span_id:016x}-01"
+    assert message["traceparent"] == f"00-{run.trace_id}-{span.span_id:016x}-{span.trace_flags:02x}"
 
 
 @pytest.mark.parametrize("endpoint", ["sync", "async"])
