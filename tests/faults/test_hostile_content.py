@@ -35,6 +35,8 @@ from tests.faults.hostile import (
 from tests.harness import environment
 from tests.torture import found
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted, RunUpdated, Step, TaskLost
+from waxell_workers.server.facts import FACTS
+from waxell_workers.server.spend import DIMENSIONS
 
 HOSTILE = {
     "script": "<script>alert(1)</script>",
@@ -75,6 +77,14 @@ POLICY = {
 }
 
 
+def mapping(text: str) -> dict[str, Any]:
+    """Return an object with `text` in what the server reads out of a run's metadata, and elsewhere."""
+    nested = [text, {text: text}]
+    return {text: text, "nested": nested, "depends_on": [text], "clock_skew_s": text} | dict.fromkeys(
+        FACTS, text
+    )
+
+
 def filled(kind: type[msgspec.Struct], text: str) -> dict[str, Any]:
     """Return a record with `text` in each of its fields that can hold one, also those of tomorrow."""
     values: dict[str, Any] = {}
@@ -86,7 +96,7 @@ def filled(kind: type[msgspec.Struct], text: str) -> dict[str, Any]:
         elif str(each.type).startswith("list[dict"):
             values[each.name] = [dict.fromkeys(("role", "text", "name", "id", "arguments", text), text)]
         elif "dict" in str(each.type):
-            values[each.name] = {text: text, "nested": [text, {text: text}], "attempt": text}
+            values[each.name] = mapping(text)
         elif each.type is Any:
             values[each.name] = [text, {text: text}]
     return values
@@ -103,7 +113,7 @@ def by_ingest(run_id: str, text: str) -> list[dict[str, Any]]:
 
 def by_rest(text: str, run_id: str) -> dict[str, dict[str, Any]]:
     """Return a body for each endpoint of the protocol, with `text` in every field that it has."""
-    deep = {text: text, "nested": [text, {text: text}], "attempt": text}
+    deep = mapping(text)
     ours = {"run_id": run_id, "task_id": text, "trace_id": text, "tags": deep, "metadata": deep, text: text}
     names = ("model", "task", "prompt_preview", "response_preview", "status", "error_type", "error_message")
     span = dict.fromkeys(("name", "kind", "status", "input_data", "output_data"), text)
@@ -210,7 +220,7 @@ def test_no_endpoint_is_forgotten() -> None:
     """Given the server's own routes, each that takes a body has one here, and each page is looked at."""
     assert set(by_rest("x", "r")) | {INGEST} == set(paths("POST"))
     pages = {path for path in paths("GET") if not path.startswith("/api/")}
-    assert pages == {"/", "/runs/r"}, "a new page: look at it below"
+    assert pages == {"/", "/runs/r", "/spend"}, "a new page: look at it below"
     assert len(routes()) == len(paths("POST")) + len(paths("GET"))
 
 
@@ -240,9 +250,11 @@ def test_lists_and_filters_of_hostile_text_are_harmless(server: Server, name: st
         f"/?before={text}",
         f"/?{text}={text}",
         f"/runs/{text}",
+        f"/spend?by={text}",
+        f"/spend?since={text}",
     ):
         answer = server.get(path)
-        assert answer.status_code in (200, 404), path
+        assert answer.status_code in (200, 400, 404), path
         is_guarded(answer, "text/html")
         is_harmless(Page(answer.text))
     assert HOSTILE[name].split("\n")[0].strip()[:20].replace("\x00", "") in Page(
@@ -254,6 +266,17 @@ def test_lists_and_filters_of_hostile_text_are_harmless(server: Server, name: st
         is_guarded(answer, "application/json")
         answer.json()
     assert len(server.get(f"/api/runs?agent={text}").json()["runs"]) == 3  # ingest, rest, and daily's
+
+
+@pytest.mark.parametrize("by", DIMENSIONS)
+def test_spend_by_hostile_names_is_harmless(server: Server, by: str) -> None:
+    """Given tasks, models, users … of hostile names, what they cost is shown, and they are text."""
+    answer = server.get(f"/spend?by={by}")
+    assert answer.status_code == 200
+    is_guarded(answer, "text/html")
+    page = Page(answer.text)
+    is_harmless(page)
+    assert "tame" in page.text or by == "attempt"
 
 
 def test_json_gives_back_what_was_sent(server: Server) -> None:

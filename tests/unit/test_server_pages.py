@@ -446,7 +446,7 @@ def test_relatives_beyond_the_tree_are_links_if_they_are_stored(store: Store) ->
             NOW + 9,
             linked_run_id="origin",
             linked_trace_id="c" * 32,
-            depends_on=["t-before", "t-gone"],
+            depends_on=["t-before", "t-gone", "t-before"],
             schedule="nightly",
             group_id="g-1",
             parent_task_id="t-before",
@@ -463,6 +463,8 @@ def test_relatives_beyond_the_tree_are_links_if_they_are_stored(store: Store) ->
     ):
         assert expected in words, expected
     assert {"/runs/before", "/runs/origin"} <= set(Page(html).links())
+    ids = [value for _, name, value in Page(html).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
     enqueued = section(get(store, "/runs/origin").text, "Runs that it enqueued with a trace of their own")
     assert "/runs/r" in Page(enqueued).links()
 

@@ -175,7 +175,7 @@ class Pages:
             return []
         assert isinstance(named, list)
         found: list[tuple[str, RunSummary | None]] = []
-        for task_id in filter(None, named):
+        for task_id in dict.fromkeys(filter(None, named)):  # once each: so are the ids on the page
             group = self._store.task(task_id) if len(found) < _NAMED else None
             found.append((task_id, group["runs"][-1] if group and group["runs"] else None))
         return found
