@@ -176,6 +176,7 @@ class TestTree:
             ended("a", state="killed", reason="killed: signal 9"),
             member("b", task_id="t", metadata=told, at=NOW + 3),
             member("c", "b", at=NOW + 4),
+            member("d", task_id="t", metadata=told | {"attempt": 3}, at=NOW + 6),
             ended("b", state="error", error_type="ValueError", error_message="no", at=NOW + 5),
         )
         nodes = flat(client.get(f"/api/traces/{TRACE}").json()["tree"])
@@ -195,6 +196,7 @@ class TestTree:
             "2026-09-21T14:13:18.000+00:00", "2026-09-21T14:13:19.000+00:00", "t",
         ]  # fmt: skip
         assert (nodes["a"]["status"], nodes["a"]["reason"]) == ("killed", "killed: signal 9")
+        assert (nodes["d"]["attempt"], nodes["d"]["delivery"]) == (3, 1)
         assert (nodes["b"]["delivery"], nodes["b"]["error_type"]) == (2, "ValueError")
         assert (nodes["c"]["delivery"], nodes["c"]["attempt"], nodes["c"]["wait_s"]) == (None, None, None)
 

@@ -252,3 +252,26 @@ def test_a_large_one_is_brought_up_in_bounded_time(old: Path) -> None:
         found = store.trace("trace")
         assert found is not None
         assert (found["runs"], found["truncated"]) == (20_000, True)
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_what_version_2_knew_of_a_call_is_still_known(tmp_path: Path, read_only: bool) -> None:
+    """Messages, tools, and a count of 0 that is one: what version 1 had no word for."""
+    path = tmp_path / "runs.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(TABLES[2].read_text())
+        connection.execute(
+            "INSERT INTO runs (run_id, started_at, source, calls) VALUES ('r', ?, 'rest', 1)", (NOW,)
+        )
+        connection.execute(
+            "INSERT INTO calls (run_id, model, started_at, tokens_in, tokens_cache_written, messages, tool_calls)"
+            " VALUES ('r', 'm', ?, 0, 3, '[{\"role\": \"user\"}]', '[{\"name\": \"search\"}]')",
+            (NOW,),
+        )
+        connection.commit()
+    with Store(path, read_only=read_only) as store:
+        run = store.run("r")
+    assert run is not None
+    [call] = run["calls"]
+    assert (call["tokens_in"], call["tokens_cache_written"]) == (0, 3)
+    assert (call["messages"], call["tool_calls"]) == ([{"role": "user"}], [{"name": "search"}])

@@ -29,8 +29,8 @@ _BELOW = """WITH RECURSIVE below (run_id, task_id, started_at) AS (
     SELECT r.run_id, r.task_id, r.started_at FROM below AS b JOIN runs AS r
         ON (r.parent_run_id = b.run_id AND r.parent_run_id <> '')
         OR (r.parent_task_id = b.task_id AND r.parent_task_id <> '' AND r.parent_run_id = ''
-            AND r.task_id <> b.task_id AND r.started_at >= b.started_at
-            -- and before the next run of that task, whose own it would be
+            AND r.started_at >= b.started_at
+            -- and before the next run of that task, whose own it would be; which may be this one
             AND r.started_at < coalesce(
                 (SELECT n.started_at FROM runs AS n WHERE n.task_id = b.task_id AND n.task_id <> ''
                     AND (n.started_at, n.run_id) > (b.started_at, b.run_id)
