@@ -264,8 +264,8 @@ def test_what_version_2_knew_of_a_call_is_still_known(tmp_path: Path, read_only:
             "INSERT INTO runs (run_id, started_at, source, calls) VALUES ('r', ?, 'rest', 1)", (NOW,)
         )
         connection.execute(
-            "INSERT INTO calls (run_id, model, started_at, tokens_in, tokens_cache_written, messages, tool_calls)"
-            " VALUES ('r', 'm', ?, 0, 3, '[{\"role\": \"user\"}]', '[{\"name\": \"search\"}]')",
+            "INSERT INTO calls (run_id, model, started_at, tokens_in, tokens_cache_written, messages,"
+            " tool_calls) VALUES ('r', 'm', ?, 0, 3, '[{\"role\": \"user\"}]', '[{\"name\": \"search\"}]')",
             (NOW,),
         )
         connection.commit()
