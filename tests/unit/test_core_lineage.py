@@ -172,6 +172,12 @@ def test_each_field_by_itself(field: str, value: object, attribute: str, kept: o
     assert (carried.user_id, carried.previous_run_id) == ("u-1", "p-1")
 
 
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_that_is_an_object_of_the_user_s(field: str) -> None:
+    """One that a pickled message brings: it is not asked anything."""
+    assert lineage.incoming({"waxell": {field: Hostile()}}).run_id == ""
+
+
 @pytest.mark.parametrize("found", [None, "text", 7, [], ["waxell"], b"x", Hostile(), Dict(run="r")], ids=type)
 def test_somebody_else_s_header_of_our_name_is_none(found: object) -> None:
     """Another type than ours, in a message that comes in and in one that goes out."""
