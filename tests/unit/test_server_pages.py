@@ -527,6 +527,17 @@ def test_what_is_summed_up_by_is_chosen_in_the_address(store: Store, by: str, ex
         assert "/runs/r" in page.links()
 
 
+def test_spend_that_nobody_knows_is_a_dash(store: Store) -> None:
+    """Given calls of which nobody told tokens or a price, when spend is shown, then dashes stand, never 0."""
+    send(store, started("r"), call("r", tokens_in=None, tokens_out=None, cost_usd=None), ended("r", "error"))
+    html = get(store, "/spend").text
+    words = Page(html).words()
+    dash = "\u2013 1 of 1 unknown"
+    for what in ("Tokens in", "Tokens out", "Cost", "Spent on what failed"):
+        assert f"{what} {dash}" in words
+    assert rows_of(html, "spend") == [f"no task 1 1 \u2013 \u2013 {dash}"]
+
+
 def test_spend_of_nothing_says_so_in_words(store: Store) -> None:
     """Given no runs, none in this time, none that failed or waited, then words stand, not zeros."""
     assert "No runs yet" in get(store, "/spend").text

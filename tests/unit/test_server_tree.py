@@ -164,7 +164,7 @@ def test_of_too_many_runs_those_around_the_current_one_are_shown() -> None:
     """Given more runs than fit, then those above and below one's own are shown, each with its parent."""
     crowd = [node(f"c{n}", node(f"d{n}")) for n in range(10)]
     own = node("p", node("other"), node("me", node("below")))
-    tree = node("r", *crowd, own)
+    tree = node("r", *crowd, own, node("after"))
     assert names(rows_of(tree, current="me", limit=6)) == [
         "r",
         "  c0",
