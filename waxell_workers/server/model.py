@@ -323,8 +323,6 @@ class RunDetail(_Detail, total=False):
     linked_run_id: str
     parent_task_id: str
     user_group: str
-    subtotal: Total
-    """Of the run and all below it, where it was asked for."""
 
 
 class Stats(TypedDict):
