@@ -263,7 +263,7 @@ def _failed(broker: Broker, here: _Processing, exception: BaseException) -> tupl
         limit = _limit(broker, here.message, "time_limit", TimeLimit)
         # It may have been raised by hand; and what stands before us may have begun earlier.
         if limit is not None and here.attempt.run.elapsed_s() > limit / 1000 - 1:
-            return "error", f"time limit of {_seconds(limit)}"
+            return "error", f"error: time limit of {_seconds(limit)}"
         return "error", ""
     if isinstance(exception, Exception):
         return "error", ""

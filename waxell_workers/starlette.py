@@ -73,9 +73,10 @@ class WaxellMiddleware:
             await self._boot()
         scope[_SEEN] = True
         request = _Request(_framework(scope.get("app", self.app)), scope, send)
-        outer, origin = _current.get(), lineage.origin.get()
+        outer, origin, around = _current.get(), lineage.origin.get(), w3c.around.get()
         _current.set(request)
         lineage.origin.set(request.as_origin)
+        w3c.around.set(request.place())
         self._requests += 1
         try:
             try:
@@ -91,6 +92,7 @@ class WaxellMiddleware:
             self._requests -= 1
             _current.set(outer)
             lineage.origin.set(origin)
+            w3c.around.set(around)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def after_the_app(message: Message) -> None:
@@ -168,6 +170,17 @@ class _Request:
             self._status = message["status"]
         return self._send(message)
 
+    def place(self) -> w3c.Trace:
+        """Return where in a trace all is that begins in this request: the client's, or one of its own."""
+        incoming = self._incoming()
+        if incoming is not None:
+            return incoming
+        trace_id = new_id()
+        return w3c.Trace(trace_id, trace_id[:16])
+
+    def _incoming(self) -> w3c.Trace | None:
+        return w3c.read(*map(self._inherited.get, (w3c.TRACEPARENT, w3c.TRACESTATE)))
+
     def as_origin(self) -> Run | None:
         """Return this request's run, made now unless it was; None where it is not recorded.
 
@@ -186,7 +199,7 @@ class _Request:
             self._framework,
             metadata={"framework": self._framework},
             parent_run_id="",
-            trace=w3c.read(*map(self._inherited.get, (w3c.TRACEPARENT, w3c.TRACESTATE))),
+            trace=self._incoming(),
         )
         made.connect()  # whoever else finds it there must find its trace, too
         run = self._runs.setdefault("run", made)

@@ -336,7 +336,7 @@ def test_how_they_end_in_words(start, server):
     runs = {run["task_id"]: run for run in ended(server, 3, worker)}
     assert runs[old]["status"] == "rejected"
     assert runs[old]["reason"] == "rejected: older than its age limit of 0.001 s"
-    assert (runs[slow]["status"], runs[slow]["reason"]) == ("error", "time limit of 1.5 s")
+    assert (runs[slow]["status"], runs[slow]["reason"]) == ("error", "error: time limit of 1.5 s")
     assert runs[slow]["error"].startswith("dramatiq.middleware.time_limit.TimeLimitExceeded")
     assert runs[unknown]["status"] == "rejected"
     assert runs[unknown]["reason"] == "rejected: no actor of this name in this worker"

@@ -105,7 +105,7 @@ ANYTHING = st.recursive(
 )
 FIELDS = (
     *("enqueued_at", "run", "root", "trace", "previous", "mode", "session", "user", "user_group"),
-    *("tags", "metadata"),
+    *("tags", "metadata", "own_root", "own_trace"),
 )
 OWN = st.dictionaries(st.sampled_from(FIELDS), ANYTHING)
 MESSAGES = st.dictionaries(st.sampled_from(["waxell", "traceparent", "tracestate"]), st.one_of(OWN, ANYTHING))
@@ -149,6 +149,8 @@ def test_a_task_begins_whatever_its_message_says(configure: Any, message: Header
         ("trace", "A" * 32, "trace_id", ""),
         ("trace", "0" * 32, "trace_id", ""),
         ("trace", MUTED, "trace_id", ""),
+        ("own_root", {}, "own_root_run_id", ""),
+        ("own_trace", "a" * 33, "own_trace_id", ""),
         ("enqueued_at", 5, "enqueued_at", 5.0),
         ("enqueued_at", True, "enqueued_at", None),
         ("enqueued_at", -1, "enqueued_at", None),
@@ -422,6 +424,24 @@ def test_a_root_s_retry_keeps_root_and_trace(records: Any) -> None:
     assert second.root_run_id == third.root_run_id == first.run_id
     assert first.trace_id == second.trace_id == third.trace_id
     assert third.metadata["previous_run_id"] == second.run_id
+
+
+@pytest.mark.parametrize("mode", ["link", "none"])
+def test_the_attempts_of_what_is_not_a_child_are_one_story(configure: Any, records: Any, mode: str) -> None:
+    """A task that is linked, or connected with nothing: root and trace are the first attempt's."""
+    configure(propagate=mode)
+    with WaxellContext("enqueues", session_id="s-1") as outer:
+        message: Header = sent()
+    for _ in range(3):
+        with executed(message, "job"), WaxellContext("a block inside"):
+            message = {**message, **lineage.outgoing(message, again=True)}
+    attempts = [run for run in records(RunStarted) if run.agent_name == "job"]
+    assert {run.root_run_id for run in attempts} == {attempts[0].run_id}
+    assert len({run.trace_id for run in attempts} | {outer.trace_id}) == 2
+    assert {run.parent_run_id for run in attempts} == {""}
+    linked = (outer.run_id, outer.trace_id) if mode == "link" else (None, None)
+    for run in attempts:
+        assert (run.metadata.get("linked_run_id"), run.metadata.get("linked_trace_id")) == linked
 
 
 def test_an_attempt_that_is_not_recorded_is_nobody_s_predecessor(records: Any) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -278,12 +279,13 @@ def test_an_opentelemetry_that_fails_is_none(
 
 
 def test_an_interrupt_in_opentelemetry_goes_on(records: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A framework's interrupt that surfaces there is no failure of OpenTelemetry's."""
-    monkeypatch.setitem(sys.modules, "opentelemetry.trace", asking_fails(Interrupt()))
-    with pytest.raises(Interrupt):
-        lineage.outgoing({})
-    with pytest.raises(Interrupt), WaxellContext("a"):
-        pass
+    """A framework's interrupt that surfaces there is no failure of OpenTelemetry's; some are `Exception`s."""
+    for interrupt in (Interrupt(), SoftTimeLimitExceeded()):
+        monkeypatch.setitem(sys.modules, "opentelemetry.trace", asking_fails(interrupt))
+        with pytest.raises(type(interrupt)):
+            lineage.outgoing({})
+        with pytest.raises(type(interrupt)), WaxellContext("a"):
+            pass
     assert get_context() is None
 
 

@@ -244,7 +244,7 @@ def test_a_time_limit_is_named(records, place):
     task.send()
     work(broker)
     assert ends(records) == [("error", "TimeLimitExceeded")]
-    assert reasons(records) == ["time limit of 0.7 s"]
+    assert reasons(records) == ["error: time limit of 0.7 s"]
 
 
 @pytest.mark.parametrize("delay", [None, 50])

@@ -347,6 +347,26 @@ class TestHostileTrees:
 
 
 class TestTask:
+    @pytest.mark.parametrize("what", ["repeat", "replaced"])
+    def test_what_is_repeated_or_replaced_begins_again(self, client: Client, what: str) -> None:
+        """Two rounds of a task, each with attempts from 1: no delivery of one another, and in their order."""
+        for number, (round_, attempt) in enumerate([(0, 1), (0, 2), (1, 1), (1, 2)]):
+            told = {"attempt": attempt, **({what: round_} if round_ else {})}
+            client.send(
+                started(f"r{number}", task_id="t", trace_id=TRACE, at=NOW + number, metadata=told),
+                ended(f"r{number}", state="retry" if attempt == 1 else "success", at=NOW + number + 0.5),
+            )
+        found = client.get("/api/tasks/t").json()
+        assert [(run["run_id"], run["attempt"], run["delivery"]) for run in found["runs"]] == [
+            ("r0", 1, 1),
+            ("r1", 2, 1),
+            ("r2", 1, 1),
+            ("r3", 2, 1),
+        ]
+        assert (found["attempts"], found["deliveries"], found["final_state"]) == (4, 4, "success")
+        tree = client.get(f"/api/traces/{TRACE}").json()["tree"]
+        assert [node["delivery"] for node in tree] == [1, 1, 1, 1]
+
     def test_attempts_and_deliveries_are_counted_and_summed(self, client: Client) -> None:
         """Killed, delivered again, retried, and done: by the attempt, not by the order of arrival."""
         runs = [("r1", 1, "killed", 0), ("r2", 1, "retry", 10), ("r3", 2, "success", 20)]

@@ -290,7 +290,7 @@ def test_a_run_says_how_long_it_waited_and_what_is_usual(store: Store) -> None:
         ({}, {}, "How long it waited is not known: nothing tells when it was enqueued"),
         ({"wait_s": 0.0, "clock_skew_s": 2.5}, {}, "is at least 2.5 s ahead of"),
         (
-            {"enqueued_at": NOW - 90},
+            {"enqueued_at": NOW - 90, "never_began": True},
             {"state": "revoked", "reason": "revoked: expired before start"},
             "It never began: it was given up 1 min 30 s after it had been enqueued",
         ),

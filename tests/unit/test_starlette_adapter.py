@@ -37,7 +37,7 @@ from tests.harness import await_
 from waxell_workers import WaxellContext, get_context, observe, options
 from waxell_workers import starlette as adapter
 from waxell_workers.core import collector as collecting
-from waxell_workers.core import lineage
+from waxell_workers.core import lineage, w3c
 from waxell_workers.core.flush import FlushResult
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted
 from waxell_workers.starlette import WaxellMiddleware
@@ -253,15 +253,38 @@ def test_a_run_that_is_open_around_the_whole_request_is_the_parent(records):
     ("header", "trace"), [(f"00-{TRACE}-{'1' * 16}-01", TRACE), ("00-nonsense", None), ("", None)]
 )
 def test_an_incoming_traceparent_gives_the_trace(records, header, trace):
-    """The client's trace id is the run's; the client is no run, so that there is no parent."""
+    """The client's trace id is the run's, else a new one; a client is no run, and so no parent."""
 
     async def endpoint(request):
         return PlainTextResponse("ok", background=BackgroundTask(tell))
 
     call(application(endpoint, OURS), traceparent=header)
     [run] = records(RunStarted)
-    assert run.trace_id == (trace or run.run_id)
+    assert run.trace_id == trace if trace else w3c.is_trace_id(run.trace_id)
     assert run.parent_run_id == ""
+
+
+def test_all_that_begins_in_a_request_is_one_trace(records):
+    """A block in the endpoint, a message outside it, a background task: each request's are of one trace."""
+
+    async def endpoint(request):
+        with WaxellContext("block"):
+            inside = enqueue()
+        return PlainTextResponse(
+            f"{inside[lineage.HEADER]['trace']} {enqueue()[lineage.HEADER]['trace']}",
+            background=BackgroundTask(tell),
+        )
+
+    app = application(endpoint, OURS)
+    traces = [set(call(app).text.split()) for _ in range(2)]
+    assert [len(of_request) for of_request in traces] == [1, 1]
+    assert traces[0] != traces[1]
+    runs = records(RunStarted)
+    assert [run.agent_name for run in runs] == ["block", "GET /", "tell"] * 2
+    assert [run.trace_id for run in runs] == [trace for (trace,) in traces for _ in range(3)]
+    with WaxellContext("outside") as run:
+        pass
+    assert {run.trace_id} not in traces
 
 
 # -- requests that enqueue ---------------------------------------------------------------------
@@ -299,7 +322,7 @@ def test_a_request_that_enqueues_is_a_run(records, endpoint, framework):
     assert (end.run_id, end.state, end.reason) == (run.run_id, "success", "")
     assert [parent_of(message) for message in messages] == [run.run_id] * 2
     assert messages[0][lineage.HEADER]["root"] == run.run_id
-    assert messages[0][lineage.HEADER]["trace"] == run.trace_id == run.run_id
+    assert messages[0][lineage.HEADER]["trace"] == run.trace_id
     assert messages[0]["traceparent"] == f"00-{run.trace_id}-{run.run_id[:16]}-01"
     assert "metadata" not in messages[0][lineage.HEADER]
     assert [said.run_id for said in records(LLMCall)] == [""], "the request's run is never the current one"

@@ -9,6 +9,7 @@ out by itself, and nothing here raises. The user's own headers are never touched
     trace        the trace id of both, 32 hexadecimal digits
     session, user, user_group, tags, metadata      what is known of whom it is for, and travels on
     previous     in a message that is sent again: the run of the attempt before
+    own_root, own_trace      likewise, where they are not those of the enqueuing run
     mode         `link` or `none`, if the sender wants no child
 """
 
@@ -57,6 +58,8 @@ class Carried(msgspec.Struct, frozen=True):
     root_run_id: str = ""
     trace_id: str = ""
     previous_run_id: str = ""
+    own_root_run_id: str = ""
+    own_trace_id: str = ""
     mode: str = "parent"
     session_id: str = ""
     user_id: str = ""
@@ -106,8 +109,10 @@ def incoming(message: Mapping[str, Any]) -> Carried:
         enqueued_at=_time(own.get("enqueued_at")),
         run_id=_id(own.get("run")),
         root_run_id=_id(own.get("root")),
-        trace_id=own["trace"] if w3c.is_trace_id(own.get("trace")) else "",
+        trace_id=_trace_id(own.get("trace")),
         previous_run_id=_id(own.get("previous")),
+        own_root_run_id=_id(own.get("own_root")),
+        own_trace_id=_trace_id(own.get("own_trace")),
         mode=mode if mode in PROPAGATION else "parent",
         session_id=_text(own.get("session")),
         user_id=_text(own.get("user")),
@@ -143,8 +148,8 @@ def _sent_again(before: dict[str, Any], run: Run) -> dict[str, Any]:
     if run.is_muted:
         return before
     own = before | {"previous": run.run_id}
-    if "run" not in before:  # a root's attempts are one story, too
-        own |= {"root": run.root_run_id, "trace": run.trace_id}
+    if run.root_run_id != before.get("root"):  # the attempts of a root, or of what is only linked
+        own |= {"own_root": run.root_run_id, "own_trace": run.trace_id}
     return own
 
 
@@ -215,6 +220,10 @@ def _time(value: object) -> float | None:
 
 def _id(value: object) -> str:
     return value if type(value) is str and _ID.fullmatch(value) else ""
+
+
+def _trace_id(value: object) -> str:
+    return str(value) if w3c.is_trace_id(value) else ""
 
 
 def _text(value: object) -> str:

@@ -219,10 +219,10 @@ class Run:
             self.parent_run_id = parent
 
     def _join(self) -> None:
-        """Be part of the trace that OpenTelemetry is in, where it is in one; else of one of one's own."""
+        """Be part of OpenTelemetry's trace, where it is in one; else of the request's; else of one's own."""
         trace = self.trace
         if trace is None:
-            trace = self.trace = w3c.of_opentelemetry()
+            trace = self.trace = w3c.of_opentelemetry() or w3c.around.get()
         if trace is not None:
             self.trace_id = trace.trace_id
         elif self.root_run_id != self.run_id and w3c.is_trace_id(self.root_run_id):

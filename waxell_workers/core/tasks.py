@@ -189,8 +189,13 @@ def prepare(task: Task, marked: Options) -> Attempt:
 
 def _connected(carried: lineage.Carried, mode: str) -> dict[str, Any]:
     """Return what a run takes from the one that has enqueued it, as `Run` takes it."""
+    alone = {
+        "parent_run_id": "",
+        "root_run_id": carried.own_root_run_id or None,
+        "trace_id": carried.own_trace_id or None,
+    }
     if mode == "none":
-        return {"parent_run_id": ""}
+        return alone
     ambient = {
         "session_id": carried.session_id or None,
         "user_id": carried.user_id or None,
@@ -199,11 +204,11 @@ def _connected(carried: lineage.Carried, mode: str) -> dict[str, Any]:
         "ambient": carried.metadata or None,
     }
     if mode == "link":
-        return {"parent_run_id": "", **ambient}
+        return {**alone, **ambient}
     return {
         "parent_run_id": carried.run_id or None,
-        "root_run_id": carried.root_run_id or None,
-        "trace_id": carried.trace_id or None,
+        "root_run_id": carried.root_run_id or carried.own_root_run_id or None,
+        "trace_id": carried.trace_id or carried.own_trace_id or None,
         "trace": carried.trace,
         **ambient,
     }
@@ -222,7 +227,9 @@ def never_began(task: Task, marked: Options, state: str, reason: str, error_type
     collector = configured()
     if collector is None or not collector.active:
         return
-    run = prepare(replace(task, nested=True, facts={**task.facts, "wait_s": None}), marked).run
+    run = prepare(
+        replace(task, nested=True, facts={**task.facts, "wait_s": None, "never_began": True}), marked
+    ).run
     run.parent_run_id = run.parent_run_id or ""  # never what happens to be current here
     run.start()
     run.end(state, reason=reason, error_type=error_type)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextvars import ContextVar
 
 import msgspec
 
@@ -46,6 +47,10 @@ class Trace(msgspec.Struct, frozen=True):
         """Return the headers that say so."""
         parent = {TRACEPARENT: f"00-{self.trace_id}-{self.span_id}-{self.flags}"}
         return {**parent, TRACESTATE: self.state} if self.state else parent
+
+
+around: ContextVar[Trace | None] = ContextVar("waxell_around", default=None)
+"""Where in a trace all is that begins here: an adapter sets it for a web request."""
 
 
 def read(traceparent: object, tracestate: object = None) -> Trace | None:

@@ -12,16 +12,19 @@ from typing import Any
 from .model import Attempt, Group
 from .queries import FAILED, RELATED, SUMMARY, TOTAL, summarized, total_of
 
-_ORDER = "attempt, started_at, run_id"
-_LAST = "attempt DESC, started_at DESC, run_id DESC"
+_ROUND = "coalesce(replaced, 0), coalesce(repeat, 0)"
+"""A task that is repeated, or replaced by another of its id, begins with attempt 1 again."""
+_ORDER = f"{_ROUND}, attempt, started_at, run_id"
+_LAST = "coalesce(replaced, 0) DESC, coalesce(repeat, 0) DESC, attempt DESC, started_at DESC, run_id DESC"
+_ATTEMPTS = "count(DISTINCT coalesce(replaced, 0) || '.' || coalesce(repeat, 0) || '.' || attempt)"
 _DURATION = "coalesce(duration_ms, (ended_at - started_at) * 1000)"
 _RUNS = f"""SELECT {SUMMARY}, delivery, before FROM runs JOIN (
     SELECT run_id AS id,
         row_number() OVER (ORDER BY {_ORDER}) AS place,
         lag(run_id) OVER (ORDER BY {_ORDER}) AS before,
         -- of runs whose attempt nobody knows, nobody knows which are the same
-        CASE WHEN attempt IS NOT NULL
-            THEN row_number() OVER (PARTITION BY attempt ORDER BY started_at, run_id) END AS delivery
+        CASE WHEN attempt IS NOT NULL THEN row_number() OVER
+            (PARTITION BY {_ROUND}, attempt ORDER BY started_at, run_id) END AS delivery
     FROM runs WHERE task_id = ? AND task_id <> ''
     ORDER BY place DESC LIMIT ?
 ) ON run_id = id ORDER BY place"""
@@ -31,7 +34,7 @@ def group(db: sqlite3.Connection, task_id: str) -> Group | None:
     """Return all about the runs of a task, or None if none is stored."""
     of_task = "FROM runs WHERE task_id = ? AND task_id <> ''"
     found = db.execute(
-        f"SELECT {TOTAL}, nullif(count(DISTINCT attempt), 0) AS attempts,"
+        f"SELECT {TOTAL}, nullif({_ATTEMPTS}, 0) AS attempts,"
         " sum(wait_s) AS wait_s, sum(wait_s IS NULL) AS wait_unknown,"
         f" round(sum({_DURATION}), 1) AS duration_ms, sum({_DURATION} IS NULL) AS duration_unknown {of_task}",
         (task_id,),

@@ -25,6 +25,12 @@ def ordinal(value: object) -> int | None:
     return int(found) if found is not None and 1 <= found <= MAX_INT and found == int(found) else None
 
 
+def count(value: object) -> int | None:
+    """Return a whole number from 0, or None."""
+    found = number(value)
+    return int(found) if found is not None and 0 <= found <= MAX_INT and found == int(found) else None
+
+
 def moment(value: object) -> float | None:
     """Return Unix seconds, or None."""
     return checked(value, LATEST)
@@ -35,6 +41,8 @@ FACTS: dict[str, Callable[[object], str | int | float | None]] = {
     "task": name,
     "queue": name,
     "attempt": ordinal,
+    "repeat": count,
+    "replaced": count,
     "enqueued_at": moment,
     "eta": moment,
     "wait_s": amount,

@@ -150,7 +150,8 @@ def _deliveries(db: sqlite3.Connection, rows: list[sqlite3.Row]) -> dict[str, in
             tuple(row)
             for row in db.execute(
                 "SELECT run_id, delivery FROM (SELECT run_id, row_number() OVER"
-                " (PARTITION BY task_id, attempt ORDER BY started_at, run_id) AS delivery FROM runs"
+                " (PARTITION BY task_id, replaced, repeat, attempt ORDER BY started_at, run_id) AS delivery"
+                " FROM runs"
                 f" WHERE attempt IS NOT NULL AND task_id <> '' AND task_id IN ({', '.join('?' * len(some))}))"
                 " WHERE delivery > 1",
                 some,

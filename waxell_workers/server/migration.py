@@ -47,7 +47,7 @@ UPDATE runs SET ({", ".join(_UNKNOWN)}) =
         FROM calls WHERE calls.run_id = runs.run_id);
 """
 
-_INTEGERS, _REALS = ("attempt",), ("enqueued_at", "eta", "wait_s")
+_INTEGERS, _REALS = ("attempt", "repeat", "replaced"), ("enqueued_at", "eta", "wait_s")
 
 
 def _column(name: str) -> str:

@@ -72,6 +72,8 @@ CREATE TABLE runs (
     task TEXT NOT NULL DEFAULT '',
     queue TEXT NOT NULL DEFAULT '',
     attempt INTEGER,
+    repeat INTEGER,                              -- which execution of a task that is repeated; or replaced
+    replaced INTEGER,
     enqueued_at REAL,
     eta REAL,
     wait_s REAL,

@@ -155,9 +155,9 @@ def between(earlier: str, later: str) -> float | None:
     return gone if gone >= 0 else None
 
 
-def never_began(reason: str) -> bool:
-    """Tell whether an attempt was given up before anything of it ran: its reason has it in words."""
-    return "before start" in reason
+def never_began(run: RunDetail | RunSummary) -> bool:
+    """Tell whether an attempt was given up before anything of it ran; its adapter has said so."""
+    return run["metadata"].get("never_began") is True
 
 
 def says_more(run: RunDetail | RunSummary) -> bool:
