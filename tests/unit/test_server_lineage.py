@@ -302,6 +302,25 @@ class TestHostileTrees:
         assert [group["runs"][n]["delivery"] for n in (0, -1)] == [9801, 10_000]
         assert time.monotonic() - began < 60
 
+    def test_runs_that_began_at_the_same_instant_are_no_square(self, store: Store) -> None:
+        """Given a task whose runs all claim one time, then its tree takes no longer than any other."""
+        add(
+            store,
+            *((f"r{n:05}", {"at": NOW, "task_id": "t", "trace_id": TRACE}) for n in range(8000)),
+            *((f"c{n}", {"at": NOW, "metadata": {"parent_task_id": "t"}}) for n in range(100)),
+        )
+        with store.read() as connection:
+            steps = iter(range(200))
+            connection.set_progress_handler(lambda: next(steps, None) is None, 50_000)  # of SQLite's machine
+            found = lineage.tree(connection, "c7")
+            connection.set_progress_handler(None, 0)
+        assert found is not None
+        assert found["runs"] == 8100
+        total = store.subtotal("r07999")
+        assert total is not None
+        assert total["runs"] == 101
+        assert store.subtotal("r00000") == total | {"runs": 1}
+
     def test_large_metadata_is_not_in_a_tree(self, store: Store) -> None:
         """Two thousand times 64 KiB would be much; the run itself has it."""
         add(store, ("a", {"metadata": {"text": "x" * 10_000, "queue": "q"}}))

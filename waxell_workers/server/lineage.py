@@ -32,9 +32,11 @@ _BELOW = """WITH RECURSIVE below (run_id, task_id, started_at) AS (
             AND r.started_at >= b.started_at
             -- and before the next run of that task, whose own it would be; which may be this one
             AND r.started_at < coalesce(
+                -- in two, since SQLite would pass over all that began at once to find the next
                 (SELECT n.started_at FROM runs AS n WHERE n.task_id = b.task_id AND n.task_id <> ''
-                    AND (n.started_at, n.run_id) > (b.started_at, b.run_id)
-                    ORDER BY n.started_at, n.run_id LIMIT 1), 9e99))
+                    AND n.started_at = b.started_at AND n.run_id > b.run_id LIMIT 1),
+                (SELECT n.started_at FROM runs AS n WHERE n.task_id = b.task_id AND n.task_id <> ''
+                    AND n.started_at > b.started_at ORDER BY n.started_at LIMIT 1), 9e99))
 )"""
 """The runs of `seeds`, and all that are below them; `UNION` takes each once, whatever circles there are."""
 _SEED = "SELECT run_id, task_id, started_at FROM runs WHERE "
