@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import pytest
@@ -199,6 +200,21 @@ class TestTree:
         assert (nodes["d"]["attempt"], nodes["d"]["delivery"]) == (3, 1)
         assert (nodes["b"]["delivery"], nodes["b"]["error_type"]) == (2, "ValueError")
         assert (nodes["c"]["delivery"], nodes["c"]["attempt"], nodes["c"]["wait_s"]) == (None, None, None)
+
+    def test_a_tree_counts_deliveries_as_the_task_does(self, store: Store) -> None:
+        """Given runs that say that they are no repetition, and one that says nothing: all are of one attempt."""
+        add(
+            store,
+            ("a", {"task_id": "t", "trace_id": TRACE, "metadata": {"attempt": 1, "repeat": 0}}),
+            ("b", {"task_id": "t", "trace_id": TRACE, "metadata": {"attempt": 1, "replaced": 0}}),
+            ("c", {"task_id": "t", "trace_id": TRACE, "metadata": {"attempt": 1}}),
+        )
+        group = store.task("t")
+        assert group is not None
+        assert [(run["run_id"], run["delivery"]) for run in group["runs"]] == [("a", 1), ("b", 2), ("c", 3)]
+        assert [(node["run_id"], node["delivery"]) for node in tree(store, "a")["tree"]] == [
+            ("a", 1), ("b", 2), ("c", 3),
+        ]  # fmt: skip
 
     def test_linked_runs_are_no_children(self, store: Store) -> None:
         """They have a trace of their own, and can be asked for."""
@@ -448,6 +464,14 @@ class TestTask:
             (None, ""),
             (None, "told"),
         ]
+
+    @pytest.mark.parametrize("task_id", ["tenant/42", "a/b/", "a b?#%2F"])
+    def test_an_id_that_a_user_chose_may_have_slashes(self, client: Client, task_id: str) -> None:
+        """Given a job id such as `tenant/42`, when it is asked for, quoted, then it is found."""
+        client.send(started(task_id=task_id))
+        answer = client.get(f"/api/tasks/{quote(task_id, safe='')}")
+        assert answer.status_code == 200
+        assert answer.json()["task_id"] == task_id
 
     def test_a_reason_or_else_the_error_is_told(self, client: Client) -> None:
         """One of them says why."""

@@ -310,6 +310,39 @@ def test_a_run_that_is_no_task_has_not_waited(store: Store) -> None:
     assert "<h2>Waiting</h2>" not in get(store, "/runs/r").text
 
 
+def test_of_many_attempts_the_last_are_shown_and_called_so(store: Store) -> None:
+    """Given more attempts than a page lists, then it says which those are."""
+    send(store, *(task(f"a{n}", NOW + n, attempt=n) for n in range(1, 251)))
+    attempts = section(get(store, "/runs/a250").text, "Attempts of this task")
+    assert "The last 200 of 250." in attempts
+    assert rows_of(attempts, "attempts")[0].startswith("running attempt 51 ")
+
+
+def test_a_long_name_of_a_task_is_cut_where_runs_are_compared(store: Store) -> None:
+    """Given a task whose name has a thousand characters, then the table of what costs most keeps its shape."""
+    send(store, task("r", NOW, task="t" * 900))
+    for by in ("run", "task"):
+        assert "t" * 81 not in get(store, f"/spend?by={by}").text
+
+
+def test_a_run_named_none_comes_before_nobody(store: Store) -> None:
+    """Given a client that calls a run `none`, then the first attempt is not said to be after it."""
+    send(store, task("a", NOW, attempt=1), task("none", NOW + 1, attempt=2))
+    first, second = rows_of(get(store, "/runs/a").text, "attempts")
+    assert "after" not in first
+    assert "after attempt 1" in second
+
+
+def test_of_many_linked_runs_a_page_says_that_there_may_be_more(store: Store) -> None:
+    """Given a run that enqueued hundreds with a trace of their own, then the list says that it is cut."""
+    send(store, started("p"), *(started(f"l{n}", metadata={"linked_run_id": "p"}) for n in range(200)))
+    assert "The first 200" not in get(store, "/runs/p").text
+    send(store, started("l200", NOW + 1, metadata={"linked_run_id": "p"}))
+    linked = section(get(store, "/runs/p").text, "Runs that it enqueued with a trace of their own")
+    assert "The first 200" in linked
+    assert len(rows_of(linked, "runs")) == 200
+
+
 def test_attempts_and_deliveries_of_a_task_are_one_group(store: Store) -> None:
     """Given a retry, a kill and a redelivery, when one is shown, then all are, with what failing has cost."""
     send(

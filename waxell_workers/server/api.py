@@ -37,7 +37,7 @@ class Api:
             Route("/api/runs/{run_id}", self.run, methods=["GET"]),
             Route("/api/runs/{run_id}/tree", self.tree, methods=["GET"]),
             Route("/api/traces/{trace_id}", self.trace, methods=["GET"]),
-            Route("/api/tasks/{task_id}", self.task, methods=["GET"]),
+            Route("/api/tasks/{task_id:path}", self.task, methods=["GET"]),
             Route("/api/queues", self.queues, methods=["GET"]),
             Route("/api/spend", self.spend, methods=["GET"]),
             Route("/api/waste", self.waste, methods=["GET"]),

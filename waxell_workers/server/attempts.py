@@ -12,9 +12,9 @@ from typing import Any
 from .model import Attempt, Group
 from .queries import FAILED, RELATED, SUMMARY, TOTAL, summarized, total_of
 
-_ROUND = "coalesce(replaced, 0), coalesce(repeat, 0)"
+ROUND = "coalesce(replaced, 0), coalesce(repeat, 0)"
 """A task that is repeated, or replaced by another of its id, begins with attempt 1 again."""
-_ORDER = f"{_ROUND}, attempt, started_at, run_id"
+_ORDER = f"{ROUND}, attempt, started_at, run_id"
 _LAST = "coalesce(replaced, 0) DESC, coalesce(repeat, 0) DESC, attempt DESC, started_at DESC, run_id DESC"
 _ATTEMPTS = "count(DISTINCT coalesce(replaced, 0) || '.' || coalesce(repeat, 0) || '.' || attempt)"
 _DURATION = "coalesce(duration_ms, (ended_at - started_at) * 1000)"
@@ -24,7 +24,7 @@ _RUNS = f"""SELECT {SUMMARY}, delivery, before FROM runs JOIN (
         lag(run_id) OVER (ORDER BY {_ORDER}) AS before,
         -- of runs whose attempt nobody knows, nobody knows which are the same
         CASE WHEN attempt IS NOT NULL THEN row_number() OVER
-            (PARTITION BY {_ROUND}, attempt ORDER BY started_at, run_id) END AS delivery
+            (PARTITION BY {ROUND}, attempt ORDER BY started_at, run_id) END AS delivery
     FROM runs WHERE task_id = ? AND task_id <> ''
     ORDER BY place DESC LIMIT ?
 ) ON run_id = id ORDER BY place"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
+from .attempts import ROUND
 from .model import RUNNING, Node, Sums, Total, Tree, iso
 from .queries import TOTAL, Extent, columns, summarized, total_of
 
@@ -152,7 +153,7 @@ def _deliveries(db: sqlite3.Connection, rows: list[sqlite3.Row]) -> dict[str, in
             tuple(row)
             for row in db.execute(
                 "SELECT run_id, delivery FROM (SELECT run_id, row_number() OVER"
-                " (PARTITION BY task_id, replaced, repeat, attempt ORDER BY started_at, run_id) AS delivery"
+                f" (PARTITION BY task_id, {ROUND}, attempt ORDER BY started_at, run_id) AS delivery"
                 " FROM runs"
                 f" WHERE attempt IS NOT NULL AND task_id <> '' AND task_id IN ({', '.join('?' * len(some))}))"
                 " WHERE delivery > 1",

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from .api import AT_ONCE
 from .model import RUNNING, Group, RunDetail, RunSummary, Spend, Total, Tree
-from .queries import Extent
+from .queries import RELATED, Extent
 from .store import Store
 from .tree import run_rows, span_rows
 from .views import FILTERS, is_texts
@@ -143,6 +143,7 @@ class Pages:
         tree = self._store.tree(run_id)
         rows = [] if tree is None else run_rows(tree, run_id, SHOWN, _since_ms(tree["started_at"]))
         group = self._store.task(run["task_id"]) if run["task_id"] else None
+        linked = self._store.linked(run_id, RELATED + 1)
         here = any(row.run["run_id"] == run_id for row in rows)
         return self._page(
             "run.html",
@@ -161,7 +162,8 @@ class Pages:
             parent=self._known(run["parent_run_id"]),
             previous=self._known(run["previous_run_id"]),
             linked_from=self._known(run["linked_run_id"]),
-            linked=self._store.linked(run_id),
+            linked=linked[:RELATED],
+            more_linked=len(linked) > RELATED,
             parent_task=self._tasks([run["parent_task_id"]]),
             depends_on=self._tasks(run["metadata"].get("depends_on")),
         )

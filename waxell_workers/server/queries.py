@@ -187,12 +187,12 @@ def children(db: sqlite3.Connection, run_id: str) -> list[RunSummary]:
     return [summarized(row) for row in rows]
 
 
-def linked(db: sqlite3.Connection, run_id: str) -> list[RunSummary]:
+def linked(db: sqlite3.Connection, run_id: str, limit: int = RELATED) -> list[RunSummary]:
     """Return the runs that this one enqueued without being their parent, oldest first."""
     rows = db.execute(
         f"SELECT {SUMMARY} FROM runs WHERE linked_run_id = ? AND linked_run_id <> ''"
-        f" ORDER BY started_at, run_id LIMIT {RELATED}",
-        (run_id,),
+        " ORDER BY started_at, run_id LIMIT ?",
+        (run_id, limit),
     )
     return [summarized(row) for row in rows]
 

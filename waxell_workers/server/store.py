@@ -221,10 +221,10 @@ class Store:
         with self.read() as connection:
             return queries.attempts(connection, run["task_id"]), queries.children(connection, run["run_id"])
 
-    def linked(self, run_id: str) -> list[RunSummary]:
-        """Return the runs that this one enqueued without being their parent (`propagate="link"`)."""
+    def linked(self, run_id: str, limit: int = queries.RELATED) -> list[RunSummary]:
+        """Return the first runs that this one enqueued without being their parent (`propagate="link"`)."""
         with self.read() as connection:
-            return queries.linked(connection, run_id)
+            return queries.linked(connection, run_id, limit)
 
     def tree(self, run_id: str) -> Tree | None:
         """Return the tree that a run is in: its trace, from its topmost ancestor down.
