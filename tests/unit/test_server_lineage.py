@@ -202,7 +202,7 @@ class TestTree:
         assert (nodes["c"]["delivery"], nodes["c"]["attempt"], nodes["c"]["wait_s"]) == (None, None, None)
 
     def test_a_tree_counts_deliveries_as_the_task_does(self, store: Store) -> None:
-        """Given runs that say that they are no repetition, and one that says nothing: all are of one attempt."""
+        """Given runs that say they are no repetition, and one that says nothing: all are of one attempt."""
         add(
             store,
             ("a", {"task_id": "t", "trace_id": TRACE, "metadata": {"attempt": 1, "repeat": 0}}),

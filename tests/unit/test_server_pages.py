@@ -319,7 +319,7 @@ def test_of_many_attempts_the_last_are_shown_and_called_so(store: Store) -> None
 
 
 def test_a_long_name_of_a_task_is_cut_where_runs_are_compared(store: Store) -> None:
-    """Given a task whose name has a thousand characters, then the table of what costs most keeps its shape."""
+    """Given a task with an endless name, then the table of what costs most keeps its shape."""
     send(store, task("r", NOW, task="t" * 900))
     for by in ("run", "task"):
         assert "t" * 81 not in get(store, f"/spend?by={by}").text
