@@ -35,6 +35,9 @@ _FRAMEWORK = "dramatiq"
 _LOOK_S = 2.0
 _WAITS = "waits"
 """In what a message carries: the consumer holds it back until its eta, then enqueues it once more."""
+_SENT = "_waxell_sent"
+"""The attribute of a message that has what it has got from us, and what stood there before."""
+_OURS = (lineage.HEADER, w3c.TRACEPARENT, w3c.TRACESTATE)
 _AT_MOST = 1e14
 """No number that Dramatiq means in milliseconds; what comes in a message may be anything."""
 _LONGEST = 200
@@ -83,13 +86,14 @@ class WaxellMiddleware(Middleware):
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         if next((one for one in broker.middleware if isinstance(one, WaxellMiddleware)), self) is not self:
             return  # added twice
-        carried = _carried(message.options)
+        before = _before(message)
+        carried = _carried(before)
         if carried.get(_WAITS) is True and get_context() is None:  # not sent anew: its eta has come
-            options = {**message.options, lineage.HEADER: _without(carried, _WAITS)}
+            options = {**before, lineage.HEADER: _without(carried, _WAITS)}
         else:
-            options = _sent(message)
+            options = _sent(message, before)
         if options is not message.options:
-            _exchange(message, options)
+            _exchange(message, options, before)
 
     def after_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         here = _here.processing
@@ -222,9 +226,19 @@ def _refused(broker: Broker, message: MessageProxy) -> None:
 # -- what is sent ------------------------------------------------------------------------------
 
 
-def _sent(message: Message[Any]) -> dict[str, Any]:
+def _before(message: Message[Any]) -> dict[str, Any]:
+    """Return a message's options without what this very object has got from us as it was enqueued before.
+
+    It is the user's, who may enqueue it again, elsewhere and for somebody else.
+    """
+    header, replaced = getattr(message, _SENT, (None, {}))
+    if header is None or message.options.get(lineage.HEADER) is not header:
+        return message.options
+    return {**_without(message.options, *_OURS), **replaced}
+
+
+def _sent(message: Message[Any], options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a message that is being enqueued, with ours; the very same if we add none."""
-    options = message.options
     run, here = get_context(), _here.processing
     own_attempt = here is not None and here.message.message_id == message.message_id
     again = run is not None and (own_attempt or run.task_id == message.message_id)
@@ -244,11 +258,13 @@ def _sent(message: Message[Any]) -> dict[str, Any]:
     return {**options, **sent, lineage.HEADER: own}
 
 
-def _exchange(message: Message[Any] | MessageProxy, options: dict[str, Any]) -> None:
+def _exchange(message: Message[Any] | MessageProxy, options: dict[str, Any], before: dict[str, Any]) -> None:
     """Give a message other options. The dict that it has may be the user's own, and others' as well."""
     if isinstance(message, MessageProxy):
         message = message._message
     if isinstance(message, Message):
+        replaced = {name: before[name] for name in _OURS if name in before}
+        object.__setattr__(message, _SENT, (options.get(lineage.HEADER), replaced))
         object.__setattr__(message, "options", options)  # frozen: Dramatiq does the same with `args`
     else:
         message.options.update(options)

@@ -752,6 +752,29 @@ def test_options_of_the_user_s_own_stay_his(records, broker):
     assert {start.task_id: start.parent_run_id for start in starts_of(records, "task")} == sent
 
 
+def test_an_object_that_is_enqueued_again_is_not_the_first_one_s_any_more(records, broker):
+    """Given a message that a module keeps, and several enqueue: none has another's parent, trace or user."""
+
+    @dramatiq.actor(broker=broker)
+    def task(*_):
+        pass
+
+    message = task.message()
+    theirs = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    message.options.update(mine=1, traceparent=theirs)
+    with WaxellContext("first", user_id="alice"):
+        broker.enqueue(message)
+    message.options["added"] = 2
+    broker.enqueue(message)
+    assert message.options["waxell"].keys() == {"enqueued_at"}
+    assert {"mine": 1, "added": 2, "traceparent": theirs}.items() <= message.options.items()
+    with WaxellContext("second", user_id="bob") as second:
+        broker.enqueue(message)
+    assert message.options["waxell"]["run"] == second.run_id
+    assert message.options["waxell"]["user"] == "bob"
+    assert message.options["traceparent"] == theirs
+
+
 def test_a_copy_is_the_child_of_who_sends_it(records):
     """A copy of what was sent elsewhere keeps nothing of there, for us and for other tracers alike."""
     broker = make_broker("last", CurrentMessage())
