@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.datastructures import QueryParams
 from starlette.routing import Route
 
-from waxell_workers.server import Store, create_app
+from waxell_workers.server import Store, create_app, model
 
 API = "/api/v1/observe"
 MEMORY = "/api/v1/observability/runs/r/memory"
@@ -193,6 +194,33 @@ def test_each_endpoint_is_documented() -> None:
         path = route.path.removeprefix(f"{API}/").replace(":path", "")
         if route.path.startswith("/api/"):
             assert f"{path}`" in table or f"{path}?" in table, path
+
+
+@pytest.mark.parametrize(
+    "answer", [model.RunSummary, model.Tree, model.Node, model.Group, model.Attempt, model.QueueWait,
+               model.Wait, model.Spend, model.Waste, model.WastedOn, model.Stats],
+)  # fmt: skip
+def test_each_field_that_a_tool_gets_is_documented(answer: type) -> None:
+    """Given a list, a tree or a sum, then the page about the server names each of its fields."""
+    page = (Path(__file__).parents[2] / "docs" / "local-server.md").read_text()
+    told = " ".join(re.findall(r"`([^`]+)`", page.split("For tools:")[1].split("\n## ")[0]))
+    assert set(answer.__annotations__) - set(re.findall(r"\w+", told)) == set()
+
+
+def test_each_parameter_of_a_tool_is_documented(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given an endpoint that reads a parameter, then the page's table has it in that endpoint's address."""
+    page = (Path(__file__).parents[2] / "docs" / "local-server.md").read_text()
+    asked: set[str] = set()
+
+    def noted(self: QueryParams, name: str, default: str = "") -> str:
+        asked.add(name)
+        return default
+
+    monkeypatch.setattr(QueryParams, "get", noted)
+    for address, query in re.findall(r"\| `GET (/api/[^`?]+)(?:\?([^`]*))?` \|", page):
+        asked.clear()
+        ask(store, "GET", address.replace("{", "").replace("}", ""))
+        assert asked == set(re.findall(r"(\w+)=", query)), address
 
 
 class TestGuard:
