@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from . import lineage
+from . import lineage, w3c
 from .collector import Collector, configured, current
 from .errors import ConfigError
+from .ids import new_id
 from .records import TaskLost
 from .runs import Run, get_context
 from .values import FLUSH_POLICIES, PROPAGATION
@@ -192,7 +193,8 @@ def _connected(carried: lineage.Carried, mode: str) -> dict[str, Any]:
     alone = {
         "parent_run_id": "",
         "root_run_id": carried.own_root_run_id or None,
-        "trace_id": carried.own_trace_id or None,
+        # In a web request, all that begins would be of its trace.
+        "trace_id": carried.own_trace_id or (None if w3c.around.get() is None else new_id()),
     }
     if mode == "none":
         return alone
