@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.faults.interrupting import sweep
 from waxell_workers import WaxellContext, get_context, redact_texts
 from waxell_workers.core import collector as collecting
-from waxell_workers.core import encoding, lineage, tasks
+from waxell_workers.core import encoding, lineage, tasks, travelling
 from waxell_workers.core.records import RunEnded, RunStarted
 from waxell_workers.core.runs import MUTED, Run
 from waxell_workers.core.values import PROPAGATION
@@ -233,7 +233,7 @@ def test_times_and_decimals_travel_as_texts(records: Any) -> None:
 
 def test_what_is_too_much_stays_at_home(records: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """A value that does not fit, or that some broker cannot say, is left out alone; it is said once."""
-    monkeypatch.setattr(lineage, "_said", [])
+    monkeypatch.setattr(travelling, "_said", [])
     with WaxellContext("a") as run:
         for number in range(10):
             run.set_tag(f"big {number}", "x" * 1500)
@@ -246,6 +246,46 @@ def test_what_is_too_much_stays_at_home(records: Any, monkeypatch: pytest.Monkey
     assert caplog.text.count("do not travel") == 1
 
 
+def test_a_run_that_is_given_any_number_of_tags_stays_small(records: Any) -> None:
+    """Given a run that lives for days, setting a tag and enqueuing cost what they did at first."""
+    with WaxellContext("a", metadata={str(number): number for number in range(5000)}) as run:
+        for number in range(5000):
+            run.set_tag(f"tag {number}", number)
+            run.set_metadata(f"field {number}", number)
+        run.set_tag("tag 0", "changed")
+        own = sent()["waxell"]
+    assert len(run.tags or {}) <= travelling.MOST
+    assert own["tags"]["tag 0"] == "changed"
+    assert min(len(own["tags"]), len(own["metadata"])) > 100
+
+
+def test_what_is_too_much_does_not_go_on_to_nested_runs(records: Any) -> None:
+    """The journal has a large document once, not again with each run that is begun inside."""
+    with WaxellContext("a", metadata={"document": ["x" * 1500] * 100, "tenant": "acme"}) as outer:
+        outer.set_tag("large", ["y" * 1500] * 100)
+        outer.set_tag("small", 1)
+        with WaxellContext("b"), WaxellContext("c"):
+            pass
+    for name in ("b", "c"):
+        assert runs(records)[name].ambient == {"tenant": "acme"}
+        assert runs(records)[name].tags == {"small": 1}
+
+
+class Key(str):
+    """A user's own class of texts, as frameworks have them."""
+
+
+@pytest.mark.parametrize("value", [uuid.UUID(int=7), Key("k-1"), 12], ids=["uuid", "subclass", "int"])
+def test_an_id_of_another_type_travels_as_it_is_recorded(records: Any, value: Any) -> None:
+    """A user's primary key is often a UUID: the task is as much theirs as the request was."""
+    with WaxellContext("web", session_id=value, user_id=value, user_group=value):
+        message = sent()
+    with executed(message):
+        pass
+    for run in runs(records).values():
+        assert (run.session_id, run.user_id, run.user_group) == (str(value),) * 3
+
+
 def test_tags_that_another_thread_sets_meanwhile(records: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own metadata may change while it is looked at: enqueuing never fails for it."""
     metadata: dict[str, Any] = {"a": 1, "b": 2}
@@ -254,7 +294,7 @@ def test_tags_that_another_thread_sets_meanwhile(records: Any, monkeypatch: pyte
         metadata[f"new {len(metadata)}"] = 1
         return encoding.reduce(value)
 
-    monkeypatch.setattr(lineage, "reduce", reduce_and_change)
+    monkeypatch.setattr(travelling, "reduce", reduce_and_change)
     with WaxellContext("a", metadata=metadata):
         assert sent()["waxell"]["metadata"] == {"a": 1, "b": 2}
 

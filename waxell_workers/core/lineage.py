@@ -15,9 +15,9 @@ out by itself, and nothing here raises. The user's own headers are never touched
 
 from __future__ import annotations
 
-import logging
 import re
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -26,28 +26,21 @@ import msgspec
 
 from . import w3c
 from .collector import configured, is_off
-from .encoding import key_text, reduce
+from .encoding import reduce
 from .runs import Run, get_context
+from .travelling import is_portable_integer, travelling
 from .values import PROPAGATION
-
-logger = logging.getLogger("waxell_workers")
 
 HEADER = "waxell"
 """The name under which lineage travels in a message: Celery headers, RQ's `job.meta`, Dramatiq's options."""
-TRAVELS = 4096
-"""How many bytes of tags, and of metadata, travel with a message: brokers have limits, and every hop pays."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,199}")
 _LONGEST = 1000
-_LONGEST_KEY = 255
-_INTEGERS = 1 << 63
 _FOR_EVER = 1e11
 """No Unix time in seconds that anybody means."""
 
 origin: ContextVar[Callable[[], Run | None] | None] = ContextVar("waxell_origin", default=None)
 """Makes the run that enqueues where none is current: an adapter sets it for a web request."""
-
-_said: list[bool] = []
 
 
 class Carried(msgspec.Struct, frozen=True):
@@ -162,8 +155,8 @@ def _of(run: Run) -> dict[str, Any]:
         "session": _said_text(run.session_id),
         "user": _said_text(run.user_id),
         "user_group": _said_text(run.user_group),
-        "tags": _travelling(run.tags),
-        "metadata": _travelling(run.passes_on),
+        "tags": travelling(run.tags),
+        "metadata": travelling(run.passes_on),
     }
     return {name: value for name, value in own.items() if value}
 
@@ -179,36 +172,17 @@ def _trace_of(run: Run | None, message: Mapping[str, Any]) -> dict[str, str]:
     return {} if place is None else place.headers()
 
 
-def _travelling(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return tags or metadata as what every broker takes, as far as there is room."""
-    kept: dict[str, Any] = {}
-    left = TRAVELS
-    for key, value in list((values or {}).items()):  # of a copy: another thread may change it meanwhile
-        # There and back: times and decimals become texts, which is all that most serializers know.
-        written = msgspec.json.encode({reduce(key_text(key)): reduce(value)})
-        plain = msgspec.json.decode(written)
-        if len(written) <= left and _is_portable(plain):
-            kept |= plain
-            left -= len(written)
-        elif not _said:
-            _said.append(True)
-            logger.warning("tags or metadata beyond %d bytes do not travel with messages", TRAVELS)
-    return kept
-
-
-def _is_portable(plain: Any) -> bool:
-    """True if AMQP's tables and msgpack can say it: keys of less than 256 bytes, integers of 64 bits."""
-    if type(plain) is dict:
-        return all(len(key.encode()) <= _LONGEST_KEY and _is_portable(plain[key]) for key in plain)
-    if type(plain) is list:
-        return all(map(_is_portable, plain))
-    return type(plain) is not int or -_INTEGERS <= plain < _INTEGERS
-
-
 def _said_text(value: object) -> str:
+    """Return an id of the user's as text, as it stands in the run's own record; empty for what is none."""
     kind = type(value)
-    is_text = kind is str or (kind is int and -_INTEGERS <= value < _INTEGERS)  # type: ignore[operator]
-    return str(reduce(str(value)[:_LONGEST])) if is_text else ""
+    if kind is uuid.UUID:
+        return str(value)
+    if kind is bool or not issubclass(kind, (str, int)):
+        return ""
+    plain = reduce(value)
+    is_text = type(plain) is str and issubclass(kind, str)
+    is_number = type(plain) is int and is_portable_integer(plain)
+    return str(plain)[:_LONGEST] if is_text or is_number else ""
 
 
 def _time(value: object) -> float | None:

@@ -18,6 +18,7 @@ from .encoding import key_text
 from .ids import new_id
 from .limits import limit_error
 from .records import LLMCall, RunEnded, RunStarted, RunUpdated, Step
+from .travelling import travelling, with_one
 
 if TYPE_CHECKING:
     from .collector import Collector
@@ -213,8 +214,8 @@ class Run:
             self.user_id = outer.user_id
         if self.user_group is None:
             self.user_group = outer.user_group
-        self.tags = _merged(outer.tags, self.tags)
-        self.ambient = _merged(outer.passes_on, self.ambient)
+        self.tags = _merged(travelling(outer.tags) or None, self.tags)
+        self.ambient = _merged(travelling(outer.passes_on) or None, self.ambient)
         if parent:  # last: an interrupt before has all this done again
             self.parent_run_id = parent
 
@@ -417,14 +418,14 @@ class Run:
     def set_tag(self, key: str, value: Any) -> None:
         """Set a tag of this run, and of those that are begun or enqueued from now on; written at once."""
         name = key_text(key)
-        self.tags = {name: value} if self.tags is None else {**self.tags, name: value}
+        self.tags = with_one(self.tags, name, value)
         if self._collector is not None:
             self._collector.record(RunUpdated, run_id=self.run_id, tags={name: value})
 
     def set_metadata(self, key: str, value: Any) -> None:
         """Set a metadata field, likewise."""
         name = key_text(key)
-        self.ambient = {name: value} if self.ambient is None else {**self.ambient, name: value}
+        self.ambient = with_one(self.ambient, name, value)
         if self._collector is not None:
             self._collector.record(RunUpdated, run_id=self.run_id, metadata={name: value})
 
