@@ -508,6 +508,25 @@ class TestTold:
         client.post(f"{API}/runs/r1/complete/", bodies.complete(start, end)).raise_for_status()
         self.check(client.run("r1"))
 
+    @pytest.mark.parametrize("state", ["killed", "revoked", "rejected", "interrupted", "retry", "error"])
+    @pytest.mark.parametrize("error", [("", ""), ("", "no more"), ("ValueError", ""), ("ValueError", "no")])
+    def test_an_end_reads_the_same_by_either_way(
+        self, client: Client, state: str, error: tuple[str, str]
+    ) -> None:
+        """Given an end without an exception, then REST, which has to name one, tells no other story."""
+        start, _ = self.sent()
+        kind, message = error
+        record = ended(state=state, reason=f"{state}: so", error_type=kind, error_message=message)
+        end = msgspec.convert(record, RunEnded)
+        client.send(*(msgspec.to_builtins(record) for record in (start, end)))
+        other = msgspec.structs.replace(start, run_id="r2")
+        client.post(f"{API}/runs/start/", bodies.start(other)).raise_for_status()
+        body = bodies.complete(other, msgspec.structs.replace(end, run_id="r2"))
+        client.post(f"{API}/runs/r2/complete/", body).raise_for_status()
+        ingested, posted = client.run("r1"), client.run("r2")
+        for name in ("status", "error", "error_type", "reason"):
+            assert (name, posted[name]) == (name, ingested[name])
+
     def test_an_update_wins_whenever_it_comes(self, client: Client) -> None:
         """Tags and facts of an update count above the start's, before and after it."""
         update = {

@@ -166,14 +166,18 @@ def complete(request: RunRequest) -> dict[str, Any]:
         ours = mapping(result.pop(OURS, None))
         if ours and list(result) == ["output"]:  # the protocol wants an object; the task's result is inside
             result = result["output"]
-    error = error_line(body.get("error_type"), body.get("error"))
+    kind, message = body.get("error_type"), body.get("error")
+    # the protocol wants an error; where there was none, our client has put the state there
+    if ours and kind == ours.get("state"):
+        kind, message = "", "" if message == kind else message
+    error = error_line(kind, message)
     stated: list[Any] = [ours.get("state"), body.get("status"), "error" if error else "success"]
     end = End(
         status=next(state for state in stated if is_end_state(state)),
         ended_at=moment(ours.get("ended_at"), LATEST) or request.at,
         duration_ms=amount(ours.get("duration_ms")),
         error=error,
-        error_type=words(body.get("error_type")),
+        error_type=words(kind),
         reason=words(ours.get("reason")),
         traceback=text(body.get("traceback")),
         result=None if result == {} else result,
