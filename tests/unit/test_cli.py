@@ -178,6 +178,17 @@ def test_show_prints_a_panel(run, db):
         assert expected in result.stdout
 
 
+def test_a_run_says_why_it_ended_where_no_error_does(run, db):
+    """Given a task that was killed without an exception, then table and panel say by what, as plain text."""
+    with Store(db) as store, store.write() as writer:
+        writer.start("cccc4444", Start("slow", "celery", 1_795_000_000.0, "ingest"))
+        writer.end("cccc4444", End("killed", 1_795_000_001.0, reason="killed: limit of 30 s \x1b[2J[bold]"))
+    for command in (["ls"], ["show", "cccc4444"]):
+        result = run("runs", *command, "--db", db, COLUMNS="160")
+        assert "killed: limit of 30 s \\x1b[2J[bold]" in result.stdout
+    assert set(lines(run("runs", "ls", "--db", db, "--json"))[0]) == set(FIELDS)
+
+
 def test_show_takes_the_beginning_of_an_id(run, db):
     """Nobody types 32 digits."""
     (found,) = lines(run("runs", "show", "b", "--db", db, "--json"))

@@ -64,8 +64,11 @@ def _both(run: RunSummary) -> str:
 
 
 def _task(run: RunSummary) -> Text:
-    """Return the task's name; below it, its error, in lines that begin with a bar: none passes for a row."""
-    lines = plain(run["error"]).splitlines()
+    """Return the task's name; below it, its error or else why it ended, in lines that begin with a bar.
+
+    None of them passes for a row.
+    """
+    lines = plain(run["error"] or run.get("reason", "")).splitlines()
     return Text("\n").join(
         [Text(plain_line(run["agent_name"])), *(Text(f"| {line}", "red") for line in lines)]
     )
@@ -96,6 +99,8 @@ def run_panel(run: RunDetail) -> None:
     facts.add_row("cost", _whole(dollars(run["cost_usd"]), run["cost_unknown"], run))
     for name, value in sorted(run["metadata"].items()):
         facts.add_row(Text(plain_line(name)), Text(plain_line(value)))
+    if run.get("reason"):
+        facts.add_row("reason", Text(plain(run["reason"])))
     if run["error"]:
         facts.add_row("error", Text(plain(run["error"])))
     out.print(facts)
