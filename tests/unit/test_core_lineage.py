@@ -7,8 +7,9 @@ import decimal
 import itertools
 import json
 import math
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -644,3 +645,47 @@ def test_a_run_whose_start_is_interrupted_is_one_run(records: Any) -> None:
             )
             assert (run.tags, run.ambient) == ({"tenant": "acme", "own": 1}, {"plan": "pro"})
             assert run.session_id == "s-1"
+
+
+# -- ends that nobody has told -----------------------------------------------------------------
+
+
+def begun(name: str) -> tasks.Attempt:
+    attempt = tasks.prepare(tasks.Task("celery", name, f"id of {name}"), tasks.Options())
+    tasks.begin(attempt)
+    return attempt
+
+
+def left_on_a_slot() -> None:
+    begun("left")
+    tasks.close(begun("next"), "success")
+
+
+def left_in_a_thread() -> None:
+    thread = threading.Thread(target=begun, args=("left",))
+    thread.start()
+    thread.join()
+
+
+def left_in_a_process() -> None:
+    attempt = begun("left")
+    tasks.pool_process_stopping()
+    attempt.run.leave_all()
+
+
+def left_in_a_block() -> None:
+    run = WaxellContext("left")
+    leave = run.__exit__
+    run.__enter__()
+    assert callable(leave)
+    del leave
+
+
+@pytest.mark.parametrize("left", [left_on_a_slot, left_in_a_thread, left_in_a_process, left_in_a_block])
+def test_a_run_that_nobody_ends_says_why_it_ended(records: Any, left: Callable[[], None]) -> None:
+    """An interrupt may take away the one who would have ended it: no error tells why, so that we do."""
+    left()
+    [run_id] = {run.run_id for run in records(RunStarted) if run.agent_name == "left"}
+    [end] = [end for end in records(RunEnded) if end.run_id == run_id]
+    assert (end.state, end.error_type) == ("interrupted", "")
+    assert end.reason.startswith("interrupted: ")

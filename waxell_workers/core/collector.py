@@ -226,7 +226,7 @@ class Collector:
     def close_open_runs(self) -> None:
         """End the runs that this process began and never ended, as `interrupted`."""
         for run in list(self.open_runs.values()):
-            run.end("interrupted")
+            run.end("interrupted", reason="interrupted: its process ended before it did")
         self.open_runs.clear()
 
     def _first_record_here(self) -> None:

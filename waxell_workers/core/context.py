@@ -160,4 +160,4 @@ class WaxellContext(Run):
         """End what nobody has ended, as its guard goes."""
         self._guard = None
         self.leave()
-        self.end("interrupted")
+        self.end("interrupted", reason="interrupted: its block was cut off")

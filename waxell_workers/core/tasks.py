@@ -249,7 +249,7 @@ def begin(attempt: Attempt) -> None:
         older = _slots.get(slot)
         if older is not None and older is not attempt.run and older.is_open:
             older.leave_all()
-            older.end("interrupted")
+            older.end("interrupted", reason="interrupted: it was cut off before the next task began")
         _slots[slot] = attempt.run
     attempt.run.start()
     attempt.run.enter()
@@ -264,7 +264,7 @@ def _guard(slot: int) -> None:
         guards.pop(slot, None)
         run = slots.pop(slot, None)
         if run is not None and run.is_open:
-            run.end("interrupted")
+            run.end("interrupted", reason="interrupted: its thread ended before it did")
 
     guard = _Guard()
     _guards[slot] = weakref.ref(guard, ended)
