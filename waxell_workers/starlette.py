@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -144,6 +145,7 @@ class _Request:
         "_flush_timeout",
         "_framework",
         "_inherited",
+        "_pid",
         "_runs",
         "_scope",
         "_send",
@@ -156,6 +158,7 @@ class _Request:
         self._send = send
         self._inherited = _trace_headers(scope)
         self._began = time.perf_counter()
+        self._pid = os.getpid()
         self._status = 0
         self._runs: dict[str, Run] = {}
         """At most one; threads of an endpoint may come for it at once, and none of them waits here."""
@@ -185,10 +188,10 @@ class _Request:
         """Return this request's run, made now unless it was; None where it is not recorded.
 
         What the endpoint has left running may enqueue when the request is over: its run begins late, and has
-        ended already.
+        ended already. A process that it has forked makes none: nobody would end it there.
         """
         run = self.run()
-        if run is not None:
+        if run is not None or self._pid != os.getpid():
             return run
         collector, name = configured(), _request_name(self._scope)
         if collector is None or not collector.active or collector.excluded(name):

@@ -10,6 +10,7 @@ import contextvars
 import functools
 import inspect
 import logging
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -694,6 +695,25 @@ def test_what_an_endpoint_leaves_running_is_its_request_s(records):
     assert [parent_of(message) for message in messages] == [run.run_id] * 2
     assert (end.run_id, end.state, end.reason) == (run.run_id, "error", "answered 500")
     assert collecting.current().open_runs == {}
+
+
+@pytest.mark.parametrize("is_run", [False, True])
+def test_what_an_endpoint_forks_begins_no_run_of_its_request(records, is_run):
+    """A pool's process may live for days, and would end nothing; what has begun it may name."""
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+
+    def endpoint(request):
+        if is_run:
+            enqueue()
+        process = context.Process(target=lambda: told.put(parent_of(enqueue())))
+        process.start()
+        process.join()
+        return PlainTextResponse("ok")
+
+    call(application(endpoint, OURS))
+    assert [told.get()] == ([run.run_id for run in records(RunStarted)] or [""])
+    assert len(records(RunStarted)) == len(records(RunEnded)) == is_run
 
 
 def test_a_request_inside_another_has_a_run_of_its_own(records):
