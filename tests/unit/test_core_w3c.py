@@ -240,9 +240,12 @@ def test_a_task_that_is_no_child_is_in_no_trace_of_the_sender_s(records: Any, pr
     """By its own option: a trace of its own, though the message tells one."""
     with span():
         message = lineage.outgoing({})
-    execute(message, propagate=propagate)
+        execute(message, propagate=propagate)  # in the sender's span, as with OpenTelemetry's instrumentation
     [run] = records(RunStarted)
-    assert run.trace_id == run.run_id
+    theirs = w3c.read(message["traceparent"])
+    assert w3c.is_trace_id(run.trace_id)
+    assert theirs is not None
+    assert run.trace_id != theirs.trace_id
 
 
 def test_our_header_counts_above_traceparent(records: Any) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from . import lineage, w3c
+from . import lineage
 from .collector import Collector, configured, current
 from .errors import ConfigError
 from .ids import new_id
@@ -193,8 +193,8 @@ def _connected(carried: lineage.Carried, mode: str) -> dict[str, Any]:
     alone = {
         "parent_run_id": "",
         "root_run_id": carried.own_root_run_id or None,
-        # In a web request, all that begins would be of its trace.
-        "trace_id": carried.own_trace_id or (None if w3c.around.get() is None else new_id()),
+        # Without one, it would be of the trace that a web request, or OpenTelemetry, is in here.
+        "trace_id": carried.own_trace_id or new_id(),
     }
     if mode == "none":
         return alone
