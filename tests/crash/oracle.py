@@ -216,13 +216,25 @@ def _arrivals(verdict: Verdict, notes: Notes, database: Database) -> Counter[str
         if json.loads(step["output"]) != payloads.output(marker):
             verdict.complain("altered", f"{marker}: {step['output'][:200]}")
     for run in database.runs.values():
+        above = _above(run, database)
         for marker, value in json.loads(run["tags"]).items():
+            if marker in notes.issued and notes.issued[marker].run_id in above:
+                continue  # it has the tags of the runs above it, too
             arrivals[marker] += 1
             if marker in notes.issued:
                 _judge_place(verdict, notes.issued[marker], run["run_id"], database)
             if value != payloads.tag(marker):
                 verdict.complain("altered", f"{marker}: {value[:200]}")
     return arrivals
+
+
+def _above(run: dict[str, Any], database: Database) -> set[str]:
+    """Return the ids of the runs above this one."""
+    found: set[str] = set()
+    while (parent := run["parent_run_id"]) and parent not in found:
+        found.add(parent)
+        run = database.runs.get(parent, {"parent_run_id": ""})
+    return found
 
 
 def _judge_place(verdict: Verdict, issued: Issued, run_id: str, database: Database) -> None:
