@@ -6,7 +6,7 @@ from functools import cache
 
 from celery import Celery
 
-import waxell_workers.celery  # noqa: F401  Celery's messages do not say when they were sent: this adds it
+from waxell_workers.core import lineage
 from waxell_workers.testing.conformance import Expected, Mode, Site, Worker, witness
 from waxell_workers.testing.conformance.driver import (
     CHILD,
@@ -74,10 +74,13 @@ class CeleryDriver:
     ) -> str:
         """Enqueue by name; return Celery's task id."""
         limits = {"soft_time_limit": soft_limit_s, "time_limit": hard_limit_s}
+        # Celery's messages do not say when they were sent: so does the adapter, where it is imported.
+        headers = lineage.outgoing({})
         result = client(worker.site.broker_url).send_task(
             f"scenarios.{scenario}",
             arguments,
             queue=worker.site.queue,
+            headers=headers,
             **{name: limit for name, limit in limits.items() if limit is not None},
         )
         return str(result.id)
