@@ -21,6 +21,7 @@ from waxell_workers.testing.conformance.stage import (
     RABBITMQ_URL,
     START_S,
     WORK_S,
+    RunningWorker,
     Server,
     await_,
     children_in,
@@ -47,6 +48,7 @@ __all__ = [
     "environment",
     "names_us",
     "rabbitmq_answers",
+    "run_script",
     "shippers_of",
     "start_model",
     "start_server",
@@ -60,6 +62,22 @@ APP = ROOT / "integrations" / "celery"
 def names_us(text: str) -> bool:
     """True if a log or a traceback names us, but for the path of a checkout that bears our name."""
     return "waxell" in text.replace(str(ROOT), "")
+
+
+def run_script(worker: RunningWorker, code: str) -> str:
+    """Run a script in the application's folder, with the worker's environment; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=worker.environ(),
+        cwd=worker.folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from redis import Redis
 from rq.command import send_stop_job_command
 from rq.job import Job
 
-from tests.harness import ROOT, await_, shippers_of
+from tests.harness import ROOT, await_, run_script, shippers_of
 from waxell_workers.testing.conformance import stage
 from waxell_workers.testing.conformance.plugin import load_driver
 
@@ -61,22 +61,6 @@ def make_rq_worker(valkey, model, server, tmp_path):
     yield make
     for worker in made:
         worker.stop()
-
-
-def run_script(worker, code):
-    """Run a script in the application's folder, with the worker's environment."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=worker.environ(),
-        cwd=APP,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def await_run(server, marker):

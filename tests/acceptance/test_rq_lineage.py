@@ -4,8 +4,6 @@ why it has ended; with real workers, real kills, and what has arrived at the ser
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from rq.command import send_stop_job_command
 from rq.job import Retry
 from rq.registry import StartedJobRegistry
 
-from tests.harness import ROOT, await_
+from tests.harness import ROOT, await_, run_script
 from waxell_workers.testing.conformance import stage
 from waxell_workers.testing.conformance.plugin import load_driver
 
@@ -49,21 +47,6 @@ def make_rq_worker(valkey, model, server, tmp_path):
     yield make
     for worker in made:
         worker.stop()
-
-
-def run_script(worker, code):
-    """Run a script in the application's folder, with the worker's environment."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=worker.environ(),
-        cwd=APP,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def queue_of(worker):
