@@ -288,7 +288,7 @@ def test_a_proxy_that_is_not_there_is_blamed(place, faulty):
 def test_a_record_that_does_not_arrive_is_told_with_the_reason(place, faulty):
     """Given a server that says who it is and then fails, the synthetic run is pending, and it says why."""
     faulty.mode("503", endpoint="ingest")
-    report = place.report("--timeout", "3", WAXELL_API_URL=faulty.url)
+    report = place.report("--timeout", "5", WAXELL_API_URL=faulty.url)
     assert faulty.fired["503"] > 0
     assert "ingest: 503" in report.failures()["end to end"]
     assert "everything stays in the journal" in report.failures()["end to end"]

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from waxell_workers.core import shipper as shipping
 from waxell_workers.core.collector import Collector
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import encode
+from waxell_workers.core.exporting import OUT_OF_TIME, Outcome, RunBatch
 from waxell_workers.core.ledger import Ledger
 from waxell_workers.core.reader import NewerJournal, Reader
 from waxell_workers.core.records import RunEnded, RunStarted, Step, TaskLost
@@ -474,6 +475,36 @@ def test_a_wrong_key_keeps_everything(
     assert caplog.text.count("everything is kept") == 1
     server.mode("healthy")
     assert destination.ship().delivered == 3
+
+
+def test_a_lack_of_time_does_not_hide_what_the_server_has_said(
+    server: FaultyServer,
+    destination: Destination,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server's answer stays the last complaint, though later batches found no time at all."""
+    load, outcomes = shipping.load_exporter, []
+
+    class Hurried:
+        """The real exporter, with time for its first batch alone."""
+
+        def __init__(self, settings: Settings) -> None:
+            self._exporter = load(settings)
+            self.close = self._exporter.close
+
+        def export(self, batch: Sequence[RunBatch], deadline: float) -> Outcome:
+            outcome = self._exporter.export(batch, time.monotonic() if outcomes else deadline)
+            outcomes.append(outcome.error)
+            return outcome
+
+    monkeypatch.setattr(shipping, "load_exporter", Hurried)
+    server.mode("503")
+    destination.append(started("a"), call("a"), ended("a"))
+    assert destination.ship(timeout_s=3.0).pending == 3
+    assert set(outcomes[1:]) == {OUT_OF_TIME}
+    [complaint] = [record.message for record in caplog.records if "everything is kept" in record.message]
+    assert "503" in complaint
 
 
 def test_backoff_grows_and_keeps_to_what_the_server_asked() -> None:

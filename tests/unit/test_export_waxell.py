@@ -19,7 +19,7 @@ from tests.export_cases import KEY, batch, call, export, exporter, ids, started
 from tests.faulty import FaultyServer
 from waxell_workers._version import __version__
 from waxell_workers.core.config import Settings
-from waxell_workers.core.exporting import Outcome, RunBatch, RunState
+from waxell_workers.core.exporting import OUT_OF_TIME, Outcome, RunBatch, RunState
 from waxell_workers.export import waxell as module
 from waxell_workers.export.transport import Transport
 from waxell_workers.export.waxell import WaxellExporter
@@ -256,7 +256,7 @@ def test_the_deadline_is_kept(
 
 def test_a_deadline_that_has_passed_sends_nothing(server: FaultyServer, waxell: WaxellExporter) -> None:
     outcome = export(waxell, batch(), timeout_s=-1)
-    assert outcome == Outcome(error="no time left")
+    assert outcome == Outcome(error=OUT_OF_TIME)
     assert server.requests == []
 
 

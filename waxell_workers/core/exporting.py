@@ -13,6 +13,9 @@ from typing import Protocol
 
 from .records import Record, RunStarted
 
+OUT_OF_TIME = "no time left"
+"""The `Outcome.error` of a batch that was not sent whole: it says nothing of the server."""
+
 
 @dataclass(slots=True)
 class RunState:

@@ -22,7 +22,7 @@ from . import quarantine, reserve, spool
 from .abandoned import Sweeper, close_off
 from .caution import REASON, Caution
 from .config import Settings
-from .exporting import Exporter, Outcome, RunBatch
+from .exporting import OUT_OF_TIME, Exporter, Outcome, RunBatch
 from .ledger import Ledger
 from .listener import Listener, Waiter
 from .liveness import Procs, ship_lock
@@ -553,6 +553,8 @@ class Shipper:
         else:
             self._server.clear()
         trouble = outcome.paused or outcome.error
+        if trouble == OUT_OF_TIME and self._warned:
+            return  # what was said before says more
         if trouble and trouble != self._warned:
             speaker = logger if outcome.paused else _retries
             speaker.warning("%s: %s; everything is kept", self._settings.api_url, trouble)

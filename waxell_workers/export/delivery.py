@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
 
-from ..core.exporting import Outcome
+from ..core.exporting import OUT_OF_TIME, Outcome
 from .answers import LATE, Answer, Verdict
 from .prices import Pricing
 from .transport import Transport
@@ -141,7 +141,7 @@ class Delivery:
     def fail(self, reason: str, run_id: str = "") -> None:
         """Note why something, of this run or of all, must be tried again; the first reason stands."""
         with self.writing() as outcome:
-            outcome.error = outcome.error or reason or "no time left"
+            outcome.error = outcome.error or reason or OUT_OF_TIME
             if run_id:
                 self.troubled.add(run_id)
 

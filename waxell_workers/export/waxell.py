@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from ..core.config import Settings
-from ..core.exporting import Outcome, RunBatch
+from ..core.exporting import OUT_OF_TIME, Outcome, RunBatch
 from ..core.records import LLMCall
 from . import ingest
 from .answers import Answer, Verdict
@@ -200,7 +200,7 @@ class WaxellExporter:
         }
         self._troubled = left & (self._troubled | troubled)
         if left and not outcome.error and not outcome.paused:
-            outcome.error = "no time left"
+            outcome.error = OUT_OF_TIME
         if not left:
             outcome.error = ""
 
