@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -587,7 +587,8 @@ def test_a_ledger_that_cannot_be_opened_just_now_is_left_alone(tmp_path: Path) -
             os._exit(0)
     os.waitpid(pid, 0)
     assert not Path(tmp_path, "shipper.db.damaged").exists()
-    assert Ledger(str(tmp_path)).cursor() == (Position(3, 44), 7)
+    with closing(Ledger(str(tmp_path))) as ledger:
+        assert ledger.cursor() == (Position(3, 44), 7)
 
 
 def test_a_segment_of_a_newer_version_is_left_to_its_own(
