@@ -41,6 +41,8 @@ from .core.runs import Run, get_context
 _F = TypeVar("_F", bound=Callable[..., None])
 _ATTEMPT = "_waxell_attempt"
 _END = "_waxell_end"
+_AROUND = "_waxell_around"
+"""What its caller was handling as an eager task began, by its identity: no error of the task's own."""
 _SUCCESSOR = "_waxell_successor"
 _TOLD = "_waxell_told"
 _LOOK_FOR_SHIPPER_S = 5.0
@@ -139,6 +141,7 @@ def _started(task_id: str, task: CeleryTask, args: Any = (), kwargs: Any = None,
     if attempt is None:
         described = describe(task_id, task.name or "", request, args, kwargs)
         attempt = tasks.prepare(described, _options(task))
+        setattr(request, _AROUND, id(sys.exc_info()[1]))
         setattr(request, _ATTEMPT, attempt)
     if not attempt.begun:
         tasks.begin(attempt)
@@ -192,8 +195,10 @@ def _ended(task: CeleryTask, state: str | None = None, retval: Any = None, **_: 
         told = {"reason": ends.rejected(retval)}
     elif name == "ignored":
         told = {"reason": ends.ignored(retval, getattr(request, _SUCCESSOR, None) or "")}
-    if state is None:  # Celery itself has failed, or something has gone through the task
-        error = sys.exc_info()[1]
+    error = sys.exc_info()[1]
+    passing = isinstance(error, Exception) and id(error) != getattr(request, _AROUND, None)
+    # Celery itself has failed, maybe with what comes after the task's body; or something has gone through it.
+    if state is None or (name == "success" and passing):
         if isinstance(error, Exception):
             name, told = "error", attempt.run.describe(error)
         else:

@@ -299,6 +299,32 @@ def test_a_failure_of_celery_s_own_is_an_error(traced, records):
     assert (end.state, end.error_type, end.reason) == ("error", "ConnectionError", "")
 
 
+def test_a_task_whose_successor_celery_cannot_send_has_failed(traced, records):
+    """As Celery has it: the task's body is through, but its state is FAILURE and the chain ends there."""
+    task = traced(lambda: 1)
+    following = traced(lambda: 2).si(1)  # takes no arguments
+    with pytest.warns(RuntimeWarning, match="raised outside body"):
+        task.execute({"chain": [following]})
+    assert task.AsyncResult("the-id").state == "FAILURE"
+    [end] = records(RunEnded)
+    assert (end.state, end.error_type) == ("error", "TypeError")
+
+
+def test_what_the_caller_of_an_eager_task_handles_is_no_error_of_its_own(app, records):
+    """The task has succeeded, also where it was called because something else had failed."""
+
+    @app.task(name="t.task")
+    def task():
+        return 1
+
+    try:
+        raise KeyError("the caller's")
+    except KeyError:
+        task.delay()
+    [end] = records(RunEnded)
+    assert (end.state, end.error_type) == ("success", "")
+
+
 # -- lineage -----------------------------------------------------------------------------------
 
 
