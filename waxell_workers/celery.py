@@ -220,6 +220,7 @@ _parents: set[int] = set()
 @_connect(signals.task_received)
 def _has_received(request: Any = None, **_: Any) -> None:
     _received[request.id] = request
+    tasks.look_after_shipper()
 
 
 def _lost(task_id: str, error: BaseException) -> None:
@@ -284,6 +285,12 @@ def _ready(sender: Any = None, **_: Any) -> None:
     timer = getattr(sender, "timer", None)
     if timer is not None:
         timer.call_repeatedly(_LOOK_FOR_SHIPPER_S, tasks.worker_ready)
+
+
+@_connect(signals.heartbeat_sent)
+def _lives(**_: Any) -> None:
+    # Celery 5.3 clears its timer whenever it loses the broker, and begins its heartbeats anew.
+    tasks.look_after_shipper()
 
 
 @_connect(signals.worker_process_init)

@@ -19,10 +19,13 @@ from celery.app.task import Context
 from celery.app.trace import build_tracer
 from celery.beat import Scheduler, Service
 from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded, WorkerLostError
+from celery.worker.heartbeat import Heart
 from gevent import GreenletExit
+from kombu.asynchronous.timer import Timer
 
 import waxell_workers.celery
 from waxell_workers import WaxellContext, _celery_ends, get_context, options
+from waxell_workers.core import launch
 from waxell_workers.core.records import LLMCall, RunEnded, RunStarted, TaskLost
 
 
@@ -409,6 +412,22 @@ def test_the_errback_of_a_lost_task_keeps_its_story(app, records):
         signals.before_task_publish.send(sender="t", headers=headers)
         del headers["waxell"]["enqueued_at"]
         assert headers["waxell"] == expected
+
+
+def test_a_worker_that_has_lost_its_broker_looks_after_the_shipper(app, configure, monkeypatch):
+    """Celery 5.3 clears its timer then: heartbeats begin anew, and without them there are messages."""
+    dispatcher = SimpleNamespace(
+        enabled=True, on_enabled=set(), on_disabled=set(), send=lambda *_, **__: None
+    )
+    started = []
+    monkeypatch.setattr(launch, "start", lambda *_, **__: started.append(1))
+    for is_told in (
+        Heart(Timer(), dispatcher).start,
+        lambda: signals.task_received.send(sender=None, request=Received("t")),
+    ):
+        configure(shipper="process")
+        is_told()
+        assert started.pop()
 
 
 def test_what_celery_has_of_a_message_is_not_kept(records):
