@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from opentelemetry.trace import NonRecordingSpan, SpanContext, use_span
 
 from tests.faults.interrupting import sweep
 from waxell_workers import WaxellContext, get_context, redact_texts
@@ -518,6 +519,19 @@ def test_how_a_task_is_connected(
         outer.trace_id if has_lineage and mode == "link" else None
     )
     assert child.metadata["wait_s"] >= 0, "waiting is measured in every mode"
+
+
+@pytest.mark.parametrize("mode", [*PROPAGATION, "nonsense"])
+def test_the_environment_of_a_process_that_only_enqueues_counts(monkeypatch: Any, mode: str) -> None:
+    """Nothing is configured there, and the current span is no run of ours: it is handed on, or not."""
+    monkeypatch.setattr(collecting, "_collector", None)
+    monkeypatch.setenv("WAXELL_PROPAGATE", mode)
+    span = NonRecordingSpan(SpanContext(0xAB, 0xCD, is_remote=False))
+    with use_span(span):
+        message = sent()
+    assert message["waxell"].get("mode") == (mode if mode in ("link", "none") else None)
+    assert ("traceparent" in message) == (mode != "none")
+    assert collecting.configured() is None
 
 
 def test_a_task_that_is_no_child_has_nothing_of_the_run_around_it(records: Any) -> None:

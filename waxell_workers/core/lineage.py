@@ -15,6 +15,7 @@ out by itself, and nothing here raises. The user's own headers are never touched
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import uuid
@@ -123,7 +124,11 @@ def stronger(one: str, other: str) -> str:
 
 def _mode() -> str:
     collector = configured()
-    return "parent" if collector is None else collector.settings.propagate
+    if collector is not None:
+        return collector.settings.propagate
+    # A process that only enqueues: nothing is configured for that, but what is said there counts.
+    said = os.environ.get("WAXELL_PROPAGATE", "")
+    return said if said in PROPAGATION else "parent"
 
 
 def _plain(header: object) -> dict[str, Any]:
