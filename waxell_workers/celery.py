@@ -160,8 +160,9 @@ def _will_retry(request: Context, sender: Any = None, reason: Any = None, **_: A
         _note_end(request, cause, _retry_in_words(request, sender, reason))
     following = getattr(reason, "sig", None)
     if request.is_eager and following is not None:  # it is not sent, so that nothing else would tell it
-        ours = {lineage.HEADER: lineage.outgoing({}, again=True).get(lineage.HEADER)}
-        following.options["headers"] = {**(following.options.get("headers") or {}), **ours}
+        ours = lineage.outgoing({}, again=True).get(lineage.HEADER)
+        if ours is not None:
+            following.options["headers"] = {**(following.options.get("headers") or {}), lineage.HEADER: ours}
 
 
 @_connect(signals.task_failure, times=2)

@@ -546,6 +546,21 @@ def test_an_unknown_task_of_a_broken_message_is_told(records, headers):
     assert (start.agent_name, start.task_id) == ("t", "the-id")
 
 
+def test_switched_off_an_eager_retry_has_the_user_s_headers_alone(app, configure):
+    """As `Celery` itself gives them on."""
+    configure(observe=False)
+    seen = []
+
+    @app.task(name="t.flaky", bind=True)
+    def flaky(self):
+        seen.append(self.request.headers)
+        if self.request.retries == 0:
+            raise self.retry(countdown=0)
+
+    flaky.apply_async(headers={"theirs": 1})
+    assert [sorted(headers) for headers in seen] == [["theirs"], ["theirs"]]
+
+
 def test_a_schedule_is_told_by_whoever_knows_it(traced, records):
     """By us in beat, at each attempt, or by django-celery-beat; beat's own mark says nothing."""
     task = traced(lambda: None)
