@@ -23,6 +23,7 @@ from tests.faults.interrupting import sweep
 from waxell_workers import WaxellContext, get_context, redact_texts
 from waxell_workers.core import collector as collecting
 from waxell_workers.core import encoding, lineage, tasks, travelling
+from waxell_workers.core.errors import ConfigError
 from waxell_workers.core.records import RunEnded, RunStarted
 from waxell_workers.core.runs import MUTED, Run
 from waxell_workers.core.values import PROPAGATION
@@ -579,6 +580,28 @@ def test_switched_off_there_is_no_header(configure: Any) -> None:
     with WaxellContext("a"):
         assert lineage.outgoing({"own": 1}) == {}
         assert lineage.outgoing({"own": 1}, again=True) == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"flush_timeout": "soon"}, {"flush_timeout": -1}, {"flush_timeout": math.nan}, {"agent_name": 1}],
+)
+def test_a_choice_that_cannot_be_is_refused_where_it_is_made(given: Any) -> None:
+    """Not at the end of a task, which could only fail for it."""
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        tasks.options(**given)
+
+
+def test_a_timeout_may_be_said_as_in_the_environment(records: Any) -> None:
+    """As text; the task's end does not fail for it."""
+
+    @tasks.options(flush="task", flush_timeout="0")  # type: ignore[arg-type]
+    def marked() -> None: ...
+
+    attempt = tasks.prepare(tasks.Task("celery", "job", "t-1"), tasks.options_of(marked))
+    tasks.begin(attempt)
+    tasks.task_ended(attempt, "success")
+    assert [end.state for end in records(RunEnded)] == ["success"]
 
 
 # -- attempts that never began -----------------------------------------------------------------

@@ -22,7 +22,7 @@ from .errors import ConfigError
 from .ids import new_id
 from .records import TaskLost
 from .runs import Run, get_context
-from .values import FLUSH_POLICIES, PROPAGATION
+from .values import FLUSH_POLICIES, PARSERS, PROPAGATION
 
 _CLOCKS_S = 3600.0
 """How far the clock of whoever has enqueued a task may be ahead of ours."""
@@ -70,7 +70,7 @@ def options(
         propagate: how this task is connected with what enqueues it: `parent`, `link` or `none`.
 
     Raises:
-        ConfigError: `flush`, `capture_content` or `propagate` is none of what it may be.
+        ConfigError: one of them is none of what it may be.
     """
     if flush is not None and flush not in FLUSH_POLICIES:
         raise ConfigError("flush", flush, f"expected one of {', '.join(FLUSH_POLICIES)}")
@@ -78,6 +78,10 @@ def options(
         raise ConfigError("capture_content", capture_content, "expected True or False")
     if propagate is not None and propagate not in PROPAGATION:
         raise ConfigError("propagate", propagate, f"expected one of {', '.join(PROPAGATION)}")
+    if flush_timeout is not None:
+        flush_timeout = PARSERS["flush_timeout"]("flush_timeout", flush_timeout)
+    if agent_name is not None:
+        agent_name = PARSERS["agent_name"]("agent_name", agent_name)
     chosen = Options(flush, flush_timeout, agent_name, record, capture_content, propagate)
 
     def mark(function: _F) -> _F:
