@@ -6,12 +6,14 @@ Run as a program (`make docs`), this file writes the generated parts anew.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import click
 import pytest
+from packaging.requirements import Requirement
 
 from tests.docs import captured
 from waxell_workers.cli.commands import cli
@@ -129,6 +131,33 @@ def test_every_command_and_option_says_what_it_is_for(path):
 def test_an_included_file_is_what_the_page_shows(page):
     """What a reader copies is the file that the acceptance tests run."""
     assert page.read_text() == included(page), "run `make docs`"
+
+
+def extras_by_name(requirements: list[str]) -> dict[str, set[str]]:
+    """Return the extras that are asked of each distribution."""
+    asked: dict[str, set[str]] = {}
+    for each in map(Requirement, requirements):
+        asked.setdefault(each.name, set()).update(each.extras)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("page", "example"),
+    [
+        ("quickstart.md", "celery"),
+        ("rq.md", "rq"),
+        ("dramatiq.md", "dramatiq"),
+        ("starlette.md", "fastapi"),
+    ],
+)
+def test_what_a_page_installs_is_enough_for_the_app_that_it_shows(page, example):
+    """The broker's client, too; the server and the command line may be elsewhere."""
+    lines = re.findall(r"^pip install (.*)", (DOCS / page).read_text(), re.MULTILINE)
+    installed = extras_by_name([each for line in lines for each in shlex.split(line)])
+    requirements = (ROOT / "integrations" / example / "requirements.txt").read_text().split()
+    for name, extras in extras_by_name(requirements).items():
+        assert name in installed
+        assert extras - {"cli", "server"} <= installed[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
