@@ -5,6 +5,7 @@ OpenTelemetry here is its own SDK, never its global provider.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from waxell_workers import WaxellContext, get_context
 from waxell_workers.core import lineage, tasks, w3c
+from waxell_workers.core.ids import new_id
 from waxell_workers.core.records import RunStarted
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -303,3 +305,30 @@ def test_opentelemetry_is_never_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bits", [64, 56])
+def test_the_right_of_an_id_is_as_good_as_the_whole(bits: int) -> None:
+    """Systems of 64 bits know a trace by its right half, and samplers compare that, or 56 bits of it, with a
+    number: what one process begins is told apart, and kept as its share, not all or nothing."""
+    rights = [int(new_id(), 16) & ((1 << bits) - 1) for _ in range(2000)]
+    assert len(set(rights)) == len(rights)
+    for share in (0.05, 0.5):
+        kept = sum(right < share * (1 << bits) for right in rights) / len(rights)
+        assert 0.8 * share < kept < 1.2 * share
+
+
+def test_ids_of_forked_children_differ_in_each_half() -> None:
+    """A child takes random bits of its own; what both have in common is the count."""
+    new_id()
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.write(writing, new_id().encode())
+        os._exit(0)
+    os.wait()
+    own, child = new_id(), os.read(reading, 32).decode()
+    os.close(reading)
+    os.close(writing)
+    assert len(own) == len(child) == 32
+    assert own[:16] != child[:16]
+    assert own[16:] != child[16:]
