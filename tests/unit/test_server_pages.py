@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from waxell_workers.core.records import STATES
-from waxell_workers.server import Store, create_app, rest
+from waxell_workers.server import Store, create_app, lineage, rest
 from waxell_workers.server.ingest import ingest
 from waxell_workers.server.views import (
     after,
@@ -466,6 +466,24 @@ def test_a_very_large_trace_says_what_is_not_shown(store: Store) -> None:
     assert not any(value == "trace" for _, name, value in Page(html).attributes if name == "open")
 
 
+def test_a_sum_of_a_part_of_a_trace_is_at_least_that(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given more runs than a tree has, then what stands beside one with all below says that more may be."""
+    monkeypatch.setattr(lineage, "LARGEST", 3)
+    for n in range(4):
+        run_id = f"c{n}"
+        send(store, started(run_id, NOW + n, parent_run_id="top" if n else "", trace_id="c" * 32))
+        send(store, call(run_id, cost_usd=0.25))
+    send(store, started("top", NOW - 1, trace_id="c" * 32))
+    html = get(store, "/runs/top").text.replace("\N{NO-BREAK SPACE}", " ")
+    top = rows_of(section(html, "The whole trace"), "trace")[0]
+    assert "≥ $0.2500" in top
+    monkeypatch.setattr(lineage, "LARGEST", 5)
+    html = get(store, "/runs/top").text.replace("\N{NO-BREAK SPACE}", " ")
+    top = rows_of(section(html, "The whole trace"), "trace")[0]
+    assert "$0.7500" in top
+    assert "≥" not in top
+
+
 def test_relatives_beyond_the_tree_are_links_if_they_are_stored(store: Store) -> None:
     """Given links, dependencies and a parent task, then each leads to its run, or is said to be gone."""
     send(
@@ -580,6 +598,39 @@ def test_spend_of_nothing_says_so_in_words(store: Store) -> None:
     assert "No run failed in this time" in words
     assert "No run says which queue it was in" in words
     assert "No LLM call was made" in get(store, "/spend?by=model").text
+
+
+def test_of_many_lines_a_page_of_spend_says_that_there_are_more(store: Store) -> None:
+    """Given more queues and errors than lines, then the total is of all, and that there are more is said."""
+    records: list[dict[str, Any]] = []
+    for n in range(1100):
+        records += [
+            task(f"r{n}", NOW, f"t{n}", framework=f"f{n}", queue=f"q{n}"),
+            call(f"r{n}", cost_usd=0.01),
+            ended(f"r{n}", "error", error_type=f"E{n}", error_message="no"),
+        ]
+    send(store, *records)
+    html = get(store, "/spend").text
+    words = Page(html).words()
+    assert "Runs 1 100 LLM calls 1 100" in words
+    assert "Cost $11.00 Spent on what failed $11.00" in words
+    assert "The 50 that cost most." in Page(section(html, "Spent on what failed")).words()
+    assert "The 50 slowest." in Page(section(html, "Slowest queues")).words()
+
+
+def test_models_are_summed_up_by_the_time_of_their_calls(store: Store) -> None:
+    """Given a run that began before, then its call has a line, the total is without it, and that is said."""
+    now = time.time()
+    send(store, started("old", now - 7200), call("old", at=now - 60, cost_usd=0.5))
+    send(store, started("new", now - 60), call("new", at=now - 60, cost_usd=0.25))
+    html = get(store, "/spend?by=model&since=1h").text
+    assert "$0.7500" in rows_of(html, "spend")[0]
+    words = Page(html).words()
+    assert "Cost $0.2500" in words
+    assert "Of the calls made in this time" in words
+    assert "The 50" not in words
+    for path in ("/spend?by=model", "/spend?since=1h"):
+        assert "Of the calls made in this time" not in Page(get(store, path).text).words()
 
 
 @pytest.mark.parametrize("query", ["by=colour", "since=yesterday", "by=task&since=1y"])

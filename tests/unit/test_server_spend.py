@@ -284,10 +284,11 @@ def test_sums_over_many_runs_read_an_index_only(store: Store) -> None:
         connection.set_trace_callback(statements.append)
         waits.queues(connection, since=1.0, limit=5)
         spend.waste(connection, since=1.0, limit=5)
+        spend.total(connection, since=1.0)
         for by in spend.DIMENSIONS:
             spend.spend(connection, by=by, since=1.0, limit=5)
         connection.set_trace_callback(None)
-        assert len(statements) >= 4 + len(spend.DIMENSIONS) - 1
+        assert len(statements) >= 5 + len(spend.DIMENSIONS) - 1
         for statement in statements:
             plan = [row["detail"] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
             assert any("USING COVERING INDEX" in line for line in plan), statement

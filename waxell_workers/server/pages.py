@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from .api import AT_ONCE
-from .model import RUNNING, Group, RunDetail, RunSummary, Spend, Total, Tree
+from .model import RUNNING, Group, RunDetail, RunSummary, Tree
 from .queries import RELATED, Extent
 from .store import Store
 from .tree import run_rows, span_rows
@@ -54,8 +54,6 @@ _NAMED = 20
 
 _BY = ("task", "model", "queue", "framework", "agent", "session", "user", "attempt", "run")
 _SINCE = (("1h", "last hour"), ("24h", "last 24 hours"), ("7d", "last 7 days"), ("", "all"))
-_MANY = 1000
-"""More frameworks than that are not summed up."""
 
 
 class Pages:
@@ -185,7 +183,7 @@ class Pages:
     def _spend(self, by: str, since: str) -> HTMLResponse:
         try:
             rows = self._store.spend(by, since, PAGE_SIZE + 1)
-            frameworks = self._store.spend("framework", since, _MANY)
+            total = self._store.spent(since)
             queues = self._store.queues(since, PAGE_SIZE + 1)
             waste = self._store.waste(since, PAGE_SIZE + 1)
         except ValueError as error:
@@ -204,14 +202,16 @@ class Pages:
             dimensions=[(name, link(by="" if name == _BY[0] else name)) for name in _BY],
             spans=[(value or "all", words, link(since=value)) for value, words in _SINCE],
             other_since="" if since in known else since,
-            total=_total(frameworks),
+            total=total,
             rows=rows[:PAGE_SIZE],
             more=len(rows) > PAGE_SIZE,
             most_usd=max((row["cost_usd"] or 0.0 for row in rows), default=0.0),
             queues=queues[:PAGE_SIZE],
+            more_queues=len(queues) > PAGE_SIZE,
             longest_s=max((queue["wait_s"]["p95"] or 0.0 for queue in queues), default=0.0),
             waste=waste["total"],
             wasted=waste["by_error"][:PAGE_SIZE],
+            more_wasted=len(waste["by_error"]) > PAGE_SIZE,
             most_wasted_usd=max((row["cost_usd"] or 0.0 for row in waste["by_error"]), default=0.0),
         )
 
@@ -235,25 +235,3 @@ def _goes_on(run: RunDetail, group: Group | None, tree: Tree | None) -> bool:
     """Tell whether anything that the page of a run shows may change."""
     final = group["final_state"] if group else ""
     return RUNNING in (run["status"], final) or (tree is not None and tree["duration_ms"] is None)
-
-
-def _total(rows: list[Spend]) -> Total:
-    """Add up what is known; a sum of nothing but unknowns is none."""
-    calls = sum(row["calls"] for row in rows)
-
-    def known(name: str) -> int | None:
-        values: list[int] = [value for row in rows if (value := row[name]) is not None]  # type: ignore[literal-required]
-        unknown: int = sum(row[f"{name}_unknown"] for row in rows)  # type: ignore[literal-required]
-        return None if calls and unknown >= calls else sum(values)
-
-    costs = [row["cost_usd"] for row in rows if row["cost_usd"] is not None]
-    return Total(
-        runs=sum(row["runs"] for row in rows),
-        calls=calls,
-        tokens_in=known("tokens_in"),
-        tokens_out=known("tokens_out"),
-        cost_usd=sum(costs) if costs else None,
-        tokens_in_unknown=sum(row["tokens_in_unknown"] for row in rows),
-        tokens_out_unknown=sum(row["tokens_out_unknown"] for row in rows),
-        cost_unknown=sum(row["cost_unknown"] for row in rows),
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from .model import Spend, Waste, WastedOn, iso
+from .model import Spend, Total, Waste, WastedOn, iso
 from .queries import FAILED, OWN, TOTAL, total_of
 
 TASKS = 3
@@ -80,6 +80,11 @@ def spend(db: sqlite3.Connection, *, by: str, since: float, limit: int) -> list[
             item["started_at"] = iso(item["started_at"])
         found.append(item)
     return found
+
+
+def total(db: sqlite3.Connection, *, since: float) -> Total:
+    """Return what all runs have cost that began then or later."""
+    return total_of(db.execute(f"SELECT {TOTAL} FROM runs WHERE started_at >= ?", (since,)).fetchone())
 
 
 def waste(db: sqlite3.Connection, *, since: float, limit: int) -> Waste:

@@ -291,6 +291,19 @@ class Store:
         with self.read() as connection:
             return spend.spend(connection, by=by, since=from_s, limit=limit)
 
+    def spent(self, since: str = "") -> Total:
+        """Return what all runs have cost.
+
+        Args:
+            since: only runs that began then or later; as in `queues`.
+
+        Raises:
+            ValueError: `since` is no time.
+        """
+        from_s = values.since(since, time.time())
+        with self.read() as connection:
+            return spend.total(connection, since=from_s)
+
     def waste(self, since: str = "", limit: int = 50) -> Waste:
         """Sum up what attempts have cost that ended neither in success nor ignored, in all and by the error.
 
