@@ -250,11 +250,12 @@ def test_a_server_and_its_file_show_the_same(run, db):
 
 
 def test_a_server_with_a_key_is_read_with_the_key_of_the_environment(run, db):
-    """Without the key: status 1 and what the server said."""
+    """Without the key: status 1, what the server said, and what to do."""
     with served(db, WAXELL_SERVER_API_KEY="s3cret") as (url, _):
         refused = run("runs", "ls", "--url", url)
         assert refused.exit_code == 1
         assert "401" in refused.stderr
+        assert "set WAXELL_API_KEY" in refused.stderr
         assert len(lines(run("runs", "ls", "--json", "--url", url, WAXELL_API_KEY="s3cret"))) == 3
 
 
@@ -272,10 +273,10 @@ def test_serve_prints_its_address_alone_and_ends_quietly(db):
 
 
 def test_serve_refuses_an_open_address_without_a_key(run):
-    """Anybody could read the prompts."""
+    """Anybody could read the prompts; the message names the variable that holds a key."""
     result = run("serve", "--host", "0.0.0.0", "--port", "0")
     assert result.exit_code == 2
-    assert "api_key" in result.stderr
+    assert "WAXELL_SERVER_API_KEY" in result.stderr
 
 
 def test_ship_needs_somewhere_to_ship_to(run):

@@ -86,6 +86,8 @@ class ServerSource:
                 return msgspec.json.decode(_read(answer), type=shape)
         except httpx.HTTPStatusError as error:
             message = f"{error.request.url}: {error.response.status_code}"
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:
+                message += "; set WAXELL_API_KEY to the server's key"
             raise click.ClickException(plain_line(message)) from error
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             message = f"{self._client.base_url}: this is no answer of waxell-workers serve ({error})"
