@@ -382,6 +382,19 @@ class TestHostileTrees:
 
 
 class TestTask:
+    @pytest.mark.parametrize("theirs", ["T-7", 7, ""])
+    def test_a_users_metadata_takes_no_run_out_of_its_task(self, client: Client, theirs: Any) -> None:
+        """`task_id` is a name that users give to something else, too: at the start, later, or before it."""
+        updated = {"kind": "run_updated", "at": NOW + 1, "metadata": {"task_id": theirs}}
+        client.send(
+            started("a", task_id="t", metadata={"task_id": theirs}),
+            *(started("b", task_id="t", at=NOW + 1), updated | {"id": "ub", "run_id": "b"}),
+            *(updated | {"id": "uc", "run_id": "c"}, started("c", task_id="t", at=NOW + 2)),
+        )
+        found = client.get("/api/tasks/t").json()
+        assert [run["run_id"] for run in found["runs"]] == ["a", "b", "c"]
+        assert {client.run(name)["metadata"]["task_id"] for name in "abc"} == {theirs}
+
     @pytest.mark.parametrize("what", ["repeat", "replaced"])
     def test_what_is_repeated_or_replaced_begins_again(self, client: Client, what: str) -> None:
         """Two rounds of a task, each with attempts from 1: no delivery of one another, and in their order."""

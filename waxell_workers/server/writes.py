@@ -135,7 +135,7 @@ class Writer:
             "tags": small(start.tags | loads(row["tags"])),
             "session_id": cut(start.session_id),
             "user_id": cut(start.user_id),
-            "task_id": _task_id(metadata),
+            "task_id": cut(start.task_id) or _task_id(metadata),
             "parent_run_id": cut(start.parent_run_id),
             "root_run_id": cut(start.root_run_id),
             "trace_id": row["trace_id"] or cut(start.trace_id),
@@ -183,12 +183,14 @@ class Writer:
         """Add tags and metadata to a run; a key that is there gets the new value."""
         if not tags and not metadata:
             return
-        row = self._db.execute("SELECT tags, metadata FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        row = self._db.execute(
+            "SELECT tags, metadata, task_id FROM runs WHERE run_id = ?", (run_id,)
+        ).fetchone()
         merged = loads(row["metadata"]) | metadata
         told = {
             "tags": small(loads(row["tags"]) | tags),
             "metadata": small(merged),
-            "task_id": _task_id(merged),
+            "task_id": row["task_id"] or _task_id(merged),  # what the run was said to belong to stays
         }
         self._change(run_id, told | facts(metadata))
 
