@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import uuid
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from celery import Celery
+from celery.concurrency.base import BasePool
+from celery.concurrency.gevent import TaskPool
 from celery.signals import before_task_publish
 
 from tests.harness import Worker, await_, children_in, environment, start_server
@@ -44,6 +47,8 @@ FAMILIES = {
     "headers": {"headers": ["root"], "a": ["headers"], "b": ["headers"], "c": ["headers"]},
 }
 """By canvas: of each task, the parents of its runs."""
+LEFT = 3 if tuple(map(int, version("billiard").split(".")[:2])) >= (4, 3) else 0
+"""With which code a process is said to have ended whose task said 3: older ones do not tell."""
 
 
 class Stage:
@@ -294,7 +299,7 @@ def test_opentelemetry_s_own_instrumentation_sees_what_it_saw_before():
         ("dies", (), {}, "killed", "killed: signal 9, probably out of memory"),
         ("dies", (signal.SIGSEGV,), {}, "killed", "killed: signal 11 (SIGSEGV), a crash in native code"),
         ("exits", (3,), {}, "killed", "killed: the process ended with exit code 3"),
-        ("leaves", (3,), {}, "killed", "killed: the process ended with exit code 3"),
+        ("leaves", (3,), {}, "killed", f"killed: the process ended with exit code {LEFT}"),
         ("hangs", (), {"time_limit": 1}, "killed", "killed: hard time limit of 1 s"),
         ("hangs", (), {"soft_time_limit": 1}, "error", "error: soft time limit of 1 s"),
         ("rejects", (False,), {}, "rejected", "rejected, dropped"),
@@ -353,6 +358,9 @@ def test_what_has_never_begun_is_told(make, pool):
         assert "wait_s" not in run["metadata"]
 
 
+@pytest.mark.skipif(
+    TaskPool.terminate_job is BasePool.terminate_job, reason="this Celery ends no greenlet that has begun"
+)
 def test_a_greenlet_that_is_revoked_says_so(make):
     """Where the task runs in the process that hears of its revocation, too."""
     stage = make(*POOLS["gevent"])
