@@ -18,7 +18,7 @@ from waxell_workers.cli.demo_tally import Attempt, Call
 from waxell_workers.cli.demo_verdict import SeenRun, judge
 from waxell_workers.cli.extras import MissingExtra, require
 from waxell_workers.cli.processes import ChildError, Children
-from waxell_workers.cli.runs import FIELDS
+from waxell_workers.cli.runs import FIELDS, MORE_FIELDS
 from waxell_workers.server import Store
 from waxell_workers.server.writes import CallMade, End, Start
 
@@ -187,6 +187,52 @@ def test_a_run_says_why_it_ended_where_no_error_does(run, db):
         result = run("runs", *command, "--db", db, COLUMNS="160")
         assert "killed: limit of 30 s \\x1b[2J[bold]" in result.stdout
     assert set(lines(run("runs", "ls", "--db", db, "--json"))[0]) == set(FIELDS)
+
+
+def test_show_tells_where_a_run_belongs_and_for_whom_it_was(run, db):
+    """Trace, parent, session, user and tags, for people as for scripts; what is unknown has no line."""
+    start = Start(
+        "child",
+        "celery",
+        1_795_000_000.0,
+        "ingest",
+        task_id="t-1",
+        trace_id="ab" * 16,
+        root_run_id="aaaa1111",
+        parent_run_id="aaaa2222",
+        session_id="s-1",
+        user_id="[bold]u",
+        tags={"plan": "gold", "seats": 3},
+    )
+    with Store(db) as store, store.write() as writer:
+        writer.start("dddd5555", start)
+    rows = dict(
+        line.strip().split(maxsplit=1)
+        for line in run("runs", "show", "dddd5555", "--db", db, COLUMNS="160").stdout.splitlines()
+        if len(line.split()) > 1
+    )
+    assert rows.items() >= {
+        ("trace", "ab" * 16),
+        ("parent", "aaaa2222"),
+        ("session", "s-1"),
+        ("user", "[bold]u"),
+        ("tags", "plan=gold, seats=3"),
+    }
+    (found,) = lines(run("runs", "show", "dddd5555", "--db", db, "--json"))
+    assert {name: found[name] for name in (*MORE_FIELDS, "reason")} == {
+        "task_id": "t-1",
+        "trace_id": "ab" * 16,
+        "root_run_id": "aaaa1111",
+        "parent_run_id": "aaaa2222",
+        "session_id": "s-1",
+        "user_id": "[bold]u",
+        "tags": {"plan": "gold", "seats": 3},
+        "traceback": "",
+        "reason": "",
+    }
+    assert "no calls" in run("runs", "show", "dddd5555", "--db", db).stdout
+    known = run("runs", "show", "aaaa1111", "--db", db, COLUMNS="160").stdout
+    assert not any(line.startswith(("parent", "session", "user", "tags")) for line in known.splitlines())
 
 
 def test_show_takes_the_beginning_of_an_id(run, db):

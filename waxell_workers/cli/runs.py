@@ -35,6 +35,17 @@ FIELDS = (
     "cost_unknown",
 )
 """The fields of a run in `--json`: they stay."""
+MORE_FIELDS = (
+    "task_id",
+    "trace_id",
+    "root_run_id",
+    "parent_run_id",
+    "session_id",
+    "user_id",
+    "tags",
+    "traceback",
+)
+"""The fields that `runs show --json` has besides."""
 CALL_FIELDS = (
     "model",
     "provider",
@@ -100,7 +111,7 @@ def list_runs(limit: int, agent: str, status: str, url: str | None, db: Path | N
 def show_run(run_id: str, url: str | None, db: Path | None, as_json: bool) -> None:
     """Show one run with its calls. RUN_ID may be the beginning of an id, if only one run begins so.
 
-    With --json, the calls are in `llm_calls`.
+    With --json, the calls are in `llm_calls`; where the run belongs is there, too.
     """
     from .sources import find
 
@@ -109,7 +120,8 @@ def show_run(run_id: str, url: str | None, db: Path | None, as_json: bool) -> No
     if as_json:
         calls = [{name: call[name] for name in CALL_FIELDS} for call in run["calls"]]  # type: ignore[literal-required]
         summary = stable({**run, "calls": run["call_count"]})
-        click.echo(json.dumps(summary | {"traceback": run["traceback"], "llm_calls": calls}))
+        more = {name: run[name] for name in MORE_FIELDS}  # type: ignore[literal-required]
+        click.echo(json.dumps(summary | more | {"reason": run.get("reason", ""), "llm_calls": calls}))
         return
     from .show import run_panel
 

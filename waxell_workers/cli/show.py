@@ -97,6 +97,8 @@ def run_panel(run: RunDetail) -> None:
     tokens_out = _whole(number(run["tokens_out"]), run["tokens_out_unknown"], run)
     facts.add_row("tokens", f"in {tokens_in}, out {tokens_out}")
     facts.add_row("cost", _whole(dollars(run["cost_usd"]), run["cost_unknown"], run))
+    for name, value in _whereabouts(run).items():
+        facts.add_row(name, Text(plain_line(value)))
     for name, value in sorted(run["metadata"].items()):
         facts.add_row(Text(plain_line(name)), Text(plain_line(value)))
     if run.get("reason"):
@@ -104,9 +106,22 @@ def run_panel(run: RunDetail) -> None:
     if run["error"]:
         facts.add_row("error", Text(plain(run["error"])))
     out.print(facts)
-    out.print(calls_table(run["calls"]))
+    out.print(calls_table(run["calls"]) if run["calls"] else "no calls")
     if run["traceback"]:
         out.print(Text(plain(run["traceback"])), highlight=False)
+
+
+def _whereabouts(run: RunDetail) -> dict[str, str]:
+    """Return what a run is part of and whom it was for, as far as that is known."""
+    tags = ", ".join(f"{name}={value}" for name, value in sorted(run["tags"].items()))
+    told = {
+        "trace": run["trace_id"],
+        "parent": run["parent_run_id"],
+        "session": run["session_id"],
+        "user": run["user_id"],
+        "tags": tags,
+    }
+    return {name: value for name, value in told.items() if value}
 
 
 def _whole(written: str, unknown: int, run: RunDetail) -> str:
