@@ -1,4 +1,4 @@
-"""What the tests of adapters share: this process's collector, configured anew, and what it has recorded."""
+"""What tests share: this process's collector, configured anew, what it has recorded, and a local server."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
+from tests.application import Client
 from tests.harness import environment
 from waxell_workers.core import collector as collecting
 from waxell_workers.core.config import Settings
 from waxell_workers.core.encoding import decode
+from waxell_workers.server import Store, create_app
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +70,16 @@ def in_a_web_process(tmp_path):
         return json.loads(done.stdout)
 
     return run
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Return an empty store of the local server."""
+    with Store(tmp_path / "runs.db") as store:
+        yield store
+
+
+@pytest.fixture
+def client(store):
+    """Return who sends requests to the local server of that store."""
+    return Client(create_app(store))

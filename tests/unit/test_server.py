@@ -2,88 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
+from tests.application import API, INGEST, NOW, Client, call, ended, started
 from waxell_workers.core.records import Record, RunStarted
 from waxell_workers.export import bodies
 from waxell_workers.server import Store, body, create_app, ingest
-
-API = "/api/v1/observe"
-INGEST = f"{API}/ingest/"
-
-
-class Client:
-    """Requests to an application in this process, one event loop each."""
-
-    def __init__(self, app: Any, address: str = "http://127.0.0.1:4319") -> None:
-        self._app = app
-        self._address = address
-
-    def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        async def once() -> httpx.Response:
-            transport = httpx.ASGITransport(app=self._app)
-            async with httpx.AsyncClient(transport=transport, base_url=self._address) as client:
-                return await client.request(method, path, **arguments)
-
-        return asyncio.run(once())
-
-    def get(self, path: str, **arguments: Any) -> httpx.Response:
-        return self.request("GET", path, **arguments)
-
-    def post(self, path: str, json: Any = None, **arguments: Any) -> httpx.Response:
-        return self.request("POST", path, **({} if json is None else {"json": json}), **arguments)
-
-    def send(self, *records: dict[str, Any]) -> dict[str, Any]:
-        """Post records to ingest, compressed, as the shipper does."""
-        lines = "\n".join(json.dumps(record) for record in records)
-        answer = self.post(
-            INGEST, content=gzip.compress(lines.encode()), headers={"content-encoding": "gzip"}
-        )
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def run(self, run_id: str) -> dict[str, Any]:
-        answer = self.get(f"/api/runs/{run_id}")
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "runs.db") as store:
-        yield store
-
-
-@pytest.fixture
-def client(store: Store) -> Client:
-    return Client(create_app(store))
-
-
-NOW = 1_790_000_000.0
-
-
-def started(run_id: str = "r1", **more: Any) -> dict[str, Any]:
-    record = {"kind": "run_started", "id": f"s-{run_id}", "at": NOW, "run_id": run_id, "agent_name": "triage"}
-    return record | {"workflow_name": "celery"} | more
-
-
-def call(record_id: str = "c1", run_id: str = "r1", **more: Any) -> dict[str, Any]:
-    record = {"kind": "llm_call", "id": record_id, "at": NOW + 1, "run_id": run_id, "model": "gpt-4o-mini"}
-    return record | {"tokens_in": 10, "tokens_out": 5, "cost_usd": 0.001} | more
-
-
-def ended(run_id: str = "r1", **more: Any) -> dict[str, Any]:
-    return {"kind": "run_ended", "id": f"e-{run_id}", "at": NOW + 2, "run_id": run_id} | more
 
 
 class TestConfig:
@@ -264,9 +194,9 @@ class TestRest:
         assert isinstance(start, RunStarted)
         start = bodies.fold(start, update)
         client.post(f"{API}/runs/start/", bodies.start(start)).raise_for_status()
-        spans = [bodies.llm_span(call, start, n) for n, call in enumerate(calls, 1)]
+        spans = [bodies.llm_span(each, start, n) for n, each in enumerate(calls, 1)]
         for path, sent in (
-            ("llm-calls", {"calls": [bodies.call(call) for call in calls]}),
+            ("llm-calls", {"calls": [bodies.call(each) for each in calls]}),
             ("spans", {"spans": [*spans, bodies.root_span(start, end)]}),
             ("steps", {"steps": [bodies.step(step)]}),
             ("complete", bodies.complete(start, end)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from waxell_workers.server import Store, create_app, model
 
 API = "/api/v1/observe"
 MEMORY = "/api/v1/observability/runs/r/memory"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "runs.db") as store:
-        yield store
 
 
 def ask(store: Store, method: str, path: str, api_key: str = "", **arguments: Any) -> httpx.Response:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 import pytest
 
-from tests.unit.test_server import API, NOW, Client, call, ended, started
+from tests.application import API, NOW, Client, call, ended, started
 from waxell_workers.core.records import Record, RunEnded, RunStarted
 from waxell_workers.export import bodies
-from waxell_workers.server import Store, create_app, lineage
+from waxell_workers.server import Store, lineage
 from waxell_workers.server.model import Node, Tree
 from waxell_workers.server.writes import CallMade, End, Start
 
@@ -28,17 +26,6 @@ UNKNOWN: dict[str, Any] = {"tokens_in": None, "tokens_out": None, "cost_usd": No
 NO_ATTEMPT: tuple[Any, ...] = ("2", 0, -1, 1.5, True, 2**60, 1e300, None, [1], {"a": 1})
 NO_WAIT: tuple[Any, ...] = ("1", -1, 1e300, True, None, [1.0], {"s": 1})
 NO_TIME: tuple[Any, ...] = ("now", -1, 1e300, [], {})
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "runs.db") as store:
-        yield store
-
-
-@pytest.fixture
-def client(store: Store) -> Client:
-    return Client(create_app(store))
 
 
 def member(run_id: str, parent: str = "", **more: Any) -> dict[str, Any]:

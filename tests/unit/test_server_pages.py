@@ -6,9 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -34,12 +32,6 @@ from waxell_workers.server.views import (
 )
 
 NOW = time.time() - 3600
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "runs.db") as store:
-        yield store
 
 
 def get(store: Store, path: str, **options: Any) -> httpx.Response:

@@ -5,29 +5,16 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.test_server import NOW, Client, call, ended, started
-from waxell_workers.server import Store, create_app, spend, waits
+from tests.application import NOW, Client, call, ended, started
+from waxell_workers.server import Store, spend, waits
 from waxell_workers.server.writes import CallMade, End, Start
 
 UNKNOWN: dict[str, Any] = {"tokens_in": None, "tokens_out": None, "cost_usd": None}
 SUMS = ("runs", "calls", "tokens_in", "tokens_out", "cost_usd", "cost_unknown")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "runs.db") as store:
-        yield store
-
-
-@pytest.fixture
-def client(store: Store) -> Client:
-    return Client(create_app(store))
 
 
 def task(run_id: str, name: str, at: float = NOW, framework: str = "celery", **told: Any) -> dict[str, Any]:

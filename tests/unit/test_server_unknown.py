@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from click.testing import CliRunner
 
-from tests.unit.test_server import API, Client, call, ended, started
+from tests.application import API, Client, call, ended, started
 from waxell_workers.cli.commands import cli
 from waxell_workers.core.records import LLMCall, Record, RunStarted
 from waxell_workers.export import bodies
-from waxell_workers.server import Store, create_app
+from waxell_workers.server import Store
 from waxell_workers.server.views import least, messages, tools, unknown_of
 
 UNTOLD: dict[str, Any] = {"tokens_in": None, "tokens_out": None, "cost_usd": None}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "runs.db") as store:
-        yield store
-
-
-@pytest.fixture
-def client(store: Store) -> Client:
-    return Client(create_app(store))
 
 
 def by_ingest(client: Client, *calls: dict[str, Any]) -> None:
