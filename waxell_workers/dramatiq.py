@@ -17,6 +17,7 @@ import os
 import socket
 import sys
 import threading
+import weakref
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -69,6 +70,8 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_working: weakref.WeakSet[Worker] = weakref.WeakSet()
+"""The workers of this process; it is left with the last of them."""
 
 
 class WaxellMiddleware(Middleware):
@@ -163,6 +166,7 @@ class WaxellMiddleware(Middleware):
         tasks.worker_booting()
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        _working.add(worker)
         tasks.worker_ready()
         configured = collector.configured()
         if configured is not None and configured.active:
@@ -170,16 +174,17 @@ class WaxellMiddleware(Middleware):
             self._look.start()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        # Threads that have outlasted --worker-shutdown-timeout are left to die: their runs end here.
+        # Threads that have outlasted --worker-shutdown-timeout are left to die: their runs end here, and
+        # nobody else's. There may be another worker in this process.
         if self._look is not None:
             self._look.over.set()
             self._look = None
-        configured = collector.configured()
-        if configured is not None:
-            for run in list(configured.open_runs.values()):
-                if run.task_id:
-                    run.end("interrupted", reason="interrupted: the worker did not wait for it any longer")
-        tasks.worker_stopping()
+        left = [thread.ident for thread in worker.workers if thread.is_alive()]
+        tasks.abandon(left, "interrupted: the worker did not wait for it any longer")
+        _working.discard(worker)
+        # By their threads: a fork leaves its child our workers, but not those.
+        if not any(thread.is_alive() for other in _working for thread in other.workers):
+            tasks.worker_stopping()
 
 
 class _Look(threading.Thread):

@@ -1172,6 +1172,32 @@ def test_an_abandoned_thread_s_run_is_interrupted(records, broker):
     assert ends(records) == [("interrupted", "")]
 
 
+def test_a_worker_that_stops_ends_nothing_of_another_s(records, broker):
+    """Given two workers in one process, the second one's stop leaves alone what the first is executing."""
+    go_on, began = threading.Event(), threading.Event()
+    second = StubBroker()
+    second.add_middleware(WaxellMiddleware())
+
+    @dramatiq.actor(broker=broker)
+    def task():
+        began.set()
+        go_on.wait(20)
+
+    worker, other = (Worker(each, worker_timeout=20, worker_threads=1) for each in (broker, second))
+    worker.start()
+    other.start()
+    try:
+        task.send()
+        assert began.wait(20)
+        other.stop()
+        assert ends(records) == []
+    finally:
+        go_on.set()
+        worker.stop()
+        second.close()
+    assert ends(records) == [("success", "")]
+
+
 def test_the_worker_looks_after_the_shipper_until_it_stops(records, broker):
     """There is one thread that looks, as long as the worker runs; and none where nothing is recorded."""
     worker = Worker(broker, worker_timeout=20, worker_threads=1)

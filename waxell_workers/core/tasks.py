@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -273,6 +273,19 @@ def _guard(slot: int) -> None:
     guard = _Guard()
     _guards[slot] = weakref.ref(guard, ended)
     _here.guard = guard
+
+
+def abandon(threads: Iterable[int | None], reason: str) -> None:
+    """End what these threads execute, for which nobody waits any longer; their own ends come too late.
+
+    Args:
+        threads: the threads' idents; None for one that has never begun.
+        reason: why, in words for people.
+    """
+    for slot in threads:
+        run = None if slot is None else _slots.get(slot)
+        if run is not None:
+            run.end("interrupted", reason=reason)
 
 
 def task_ended(
