@@ -71,7 +71,7 @@ class _Here(threading.local):
 
 _here = _Here()
 _working: weakref.WeakSet[Worker] = weakref.WeakSet()
-"""The workers of this process; it is left with the last of them."""
+"""The workers of this process: when the last of them stops, nothing more is recorded here."""
 
 
 class WaxellMiddleware(Middleware):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from ..core.errors import ConfigError
 from .extras import require
 
 
@@ -41,16 +40,11 @@ def serve(host: str, port: int, db: Path | None, no_ingest: bool) -> None:
             click.echo("                        export WAXELL_API_KEY=…  (the server's key)", err=True)
         click.echo("Ctrl-C ends the server.", err=True)
 
-    try:
-        run_server(
-            host=host,
-            port=port,
-            db=db,
-            api_key=api_key,
-            ingest=not no_ingest,
-            on_ready=announce,
-        )
-    except ConfigError as error:
-        if "api_key" not in str(error):
-            raise
-        raise click.UsageError(f"{error} (here, WAXELL_SERVER_API_KEY)") from error
+    run_server(
+        host=host,
+        port=port,
+        db=db,
+        api_key=api_key,
+        ingest=not no_ingest,
+        on_ready=announce,
+    )

@@ -22,6 +22,8 @@ from .store import Store
 
 DEFAULT_PORT = 4319
 
+_SAID_BY = " (on the command line: WAXELL_SERVER_API_KEY)"
+"""How a key is given where it is no argument."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _GRACE_S = 1
@@ -54,11 +56,11 @@ def serve(
     if not (api_key.isascii() and api_key.isprintable()) or api_key != api_key.strip():
         # not its value: it is a secret
         raise ConfigError(
-            "api_key", "…", "expected printable ASCII without spaces at its ends: it is a header"
+            "api_key", "…", f"expected printable ASCII without spaces at its ends: it is a header{_SAID_BY}"
         )
     loopback = is_loopback(_address(host, port))
     if not loopback and not api_key:
-        raise ConfigError("host", host, "expected a loopback address, or an api_key beside it")
+        raise ConfigError("host", host, f"expected a loopback address, or an api_key beside it{_SAID_BY}")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_bind(host, port))
         store = stack.enter_context(Store(None if db is None else Path(db)))
